@@ -20,6 +20,8 @@ import glob
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
+import itertools
 import json
 import logging
 import math
@@ -32,7 +34,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import fields
+from dataclasses import asdict, fields
 from multiprocessing import get_context
 from types import SimpleNamespace
 
@@ -73,7 +75,6 @@ needle_seeds = 20  # prompts a cell
 haystack = ''  # a text file to hide the passkey in ('': a few sentences over and over)
 make_passkey = ''  # write a dataset of passkey text to this folder, and end
 passkey_length = 256  # make_passkey: bytes of a document
-passkey_documents = 20000  # make_passkey: documents
 # speed
 model_config = ''  # a config of train.py: its shape with random weights instead of a checkpoint
 vocab_size = 0  # with model_config; 0: as its dataset has it, else GPT-2's
@@ -84,10 +85,7 @@ lengths = '256,1024,4096,16384'  # tokens in a sequence
 batch_tokens = '0'  # sequences in a call: so many tokens / length, at least one; several with commas
 positions = '1,1024,16384,65536'  # decode: tokens read before
 decode_batches = '1,16'  # decode: sequences
-decode_tokens = 32  # decode: tokens in a repetition
 repetitions = 7  # of every timing; median and quartiles are kept
-cuda_graphs = True  # decode on CUDA replays one captured graph
-checkpoint_activations = False  # train: recompute each block in backward
 measure_memory = True  # on a CPU one more process for every cell of train and prefill
 max_cell_seconds = 60.0  # a cell ends after this time, and is not begun when one call would take longer
 max_minutes = 0.0  # no cell of speed is begun after this time (0: off)
@@ -105,24 +103,19 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # the frame
 
 
-def write(name, text):
+def write(name, value):
     path = os.path.join(out, name)
     with open(path + '.tmp', 'w', newline='') as file:
-        file.write(text)
+        file.write(value if isinstance(value, str) else json.dumps(value, indent=1) + '\n')
     os.replace(path + '.tmp', path)
-
-
-def write_json(name, value):
-    write(name, json.dumps(value, indent=1) + '\n')
 
 
 def write_csv(name, rows, columns=None):
-    path = os.path.join(out, name)
-    with open(path + '.tmp', 'w', newline='') as file:
-        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator='\n', extrasaction='ignore')
-        writer.writeheader()
-        writer.writerows({k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    os.replace(path + '.tmp', path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator='\n', extrasaction='ignore')
+    writer.writeheader()
+    writer.writerows({k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write(name, text.getvalue())
 
 
 def numbers(text, kind=int):
@@ -195,20 +188,22 @@ def brief(n):
     return f'{n >> 20}M' if n and n % (1 << 20) == 0 else f'{n >> 10}K' if n and n % 1024 == 0 else f'{n:,}'
 
 
-def token_axis(ax, values, label):
-    values = sorted(values)
+def token_axis(ax, values, label, labels=None):
     ax.set_xscale('log', base=2)
-    ax.set_xticks(values, [brief(n) for n in values], rotation=0 if len(values) < 8 else 45)
+    ax.set_xticks(sorted(values), labels or [brief(n) for n in sorted(values)])
     ax.minorticks_off()
     ax.set_xlabel(label)
 
 
 def plain_log(ax):
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator
     ax.set_yscale('log')
     ax.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:,.0f}' if y >= 1 else f'{y:g}'))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter('{x:,g}')
+
+
+def shape_of(config):
+    return {f.name: config[f.name] for f in fields(FELAConfig) if f.name in config}
 
 
 def load():
@@ -216,7 +211,7 @@ def load():
     state, manifest = load_checkpoint(checkpoint)
     config = state['config']
     try:
-        model = FELA(FELAConfig(**{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config}))
+        model = FELA(FELAConfig(**shape_of(config)))
         model.load_state_dict(state['model'])
         tokenizer, block_size = get_tokenizer(config['tokenizer']), config['block_size']
     except (ValueError, TypeError, RuntimeError, KeyError) as e:
@@ -271,12 +266,12 @@ def score(model, idx, targets, state=None):
     with autocast():
         h, state = model.hidden(idx, model.init_state(len(idx)) if state is None else state)
     wanted, parts = targets >= 0, []
-    for x, t in zip(h[wanted].split(1024), targets[wanted].unsqueeze(1).split(1024)):
+    for x, t in zip(h[wanted].split(1024), targets[wanted].split(1024)):
         logits = model.logits(x.float())
         rows = max(1, (1 << 20) // logits.shape[-1]) if device == 'cpu' else 1024
-        parts += [(l.gather(-1, u) - l.logsumexp(-1, True), l.gather(-1, u) >= l.amax(-1, True))
-                  for l, u in zip(logits.split(rows), t.split(rows))]
-    log_probs, greedy = (torch.cat(part).squeeze(1) for part in zip(*parts))
+        parts += [(-F.cross_entropy(a, b, reduction='none'), a.argmax(-1) == b)
+                  for a, b in zip(logits.split(rows), t.split(rows))]
+    log_probs, greedy = map(torch.cat, zip(*parts))
     return (log_probs.new_zeros(targets.shape).masked_scatter(wanted, log_probs),
             greedy.new_zeros(targets.shape).masked_scatter(wanted, greedy), state)
 
@@ -454,21 +449,25 @@ def lm(run):
     note = {'max_length': max_length or 'whole documents', 'limit': limit or 'all', 'tokenizer': run.tokenizer.name,
             'lm_eval': importlib.metadata.version('lm_eval'), 'data': 'local files' if task_data else 'hub',
             'left_out': left_out}
-    write_json('lm_eval_results.json', {'results': results, 'config': note, 'published': PUBLISHED})
-    known = [task for task in METRICS if task in results]
-    arms = {'this checkpoint': {t: results[t][METRICS[t]] * (1 if t == 'wikitext' else 100) for t in known},
-            'majority class': {t: 100 * results[t]['majority'] for t in known if t != 'wikitext'}} | PUBLISHED
-    rows = [{'': name} | {t: f'{scores[t]:,.2f}' if t == 'wikitext' else f'{scores[t]:.1f}' if t in scores else None
-                          for t in known if t in scores or t != 'wikitext'} for name, scores in arms.items()]
-    rows = [{'': row['']} | {t: row.get(t) for t in known} for row in rows]
+    write('lm_eval_results.json', {'results': results, 'config': note, 'published': PUBLISHED})
+    known, ours, errors, majority = [task for task in METRICS if task in results], {}, {}, {}
+    for task in known:
+        ours[task], n = results[task][METRICS[task]], results[task]['documents']
+        if task != 'wikitext':
+            errors[task] = 100 * math.sqrt(ours[task] * (1 - ours[task]) / n)
+            majority[task], ours[task] = 100 * results[task]['majority'], 100 * ours[task]
+    lines = {'this checkpoint': ours, 'its standard error': errors, 'majority class': majority} | PUBLISHED
+    rows = [{'': name} | {task: scores.get(task) for task in known} for name, scores in lines.items()]
     rows += [{'': f'{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in results[name].items())} | dict.fromkeys(known)
              for name in results if name not in METRICS]
     if 'wikitext' in results:
         note['wikitext_bits_per_byte'] = results['wikitext']['bits_per_byte']
+    few = f' (with --limit={limit} the standard error of an accuracy is up to {50 / math.sqrt(limit):.1f} points: ' \
+          'smaller differences than three times that say nothing)' if limit else ''
     return {'table': rows, **note, 'protocol': (
         f'lm-eval {note["lm_eval"]}, zero-shot, at most {max_length or "all"} tokens ({run.tokenizer.name}) of context '
-        f'and continuation, {limit or "all"} documents a task. wikitext: word perplexity, each token once in windows '
-        'of that length; the rest: accuracy in %, HellaSwag length-normalised. Published: other data and contexts.')}
+        f'and continuation, {limit or "all"} documents a task{few}. wikitext: word perplexity, each token once in '
+        'windows of that length; the rest: accuracy in %, HellaSwag by acc_norm. Published: other data, contexts.')}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,12 +500,12 @@ def longctx(run):
         bits, speeds[c] = np.array(bits), blocks * (c + block_tokens) / (time.perf_counter() - began)
         found[c] = bits.sum() / block_bytes.sum(), bits[draws].sum(1) / block_bytes[draws].sum(1)
     base = max([c for c in sizes if c <= run.block_size], default=sizes[0])
-    rows, change = [], f'change_from_{base}'
+    rows, in_bytes, change = [], [], f'change_from_{base}'
     for c, (bpb, drawn) in found.items():
         low, high, d_low, d_high = map(float, (*np.quantile(drawn, (0.025, 0.975)),
                                                *np.quantile(drawn - found[base][1], (0.025, 0.975))))
-        in_bytes = int(np.mean([size_of[tokens[s - c:s]].sum() for s in starts]))
-        rows.append({'context_tokens': c, 'context_bytes': in_bytes, 'bpb': float(bpb), 'bpb_low': low,
+        in_bytes.append(round(np.mean([size_of[tokens[s - c:s]].sum() for s in starts])))
+        rows.append({'context_tokens': c, 'context_bytes': in_bytes[-1], 'bpb': float(bpb), 'bpb_low': low,
                      'bpb_high': high, change: float(bpb - found[base][0]), 'change_low': d_low,
                      'change_high': d_high, 'beyond_training': c > run.block_size})
     write_csv('longctx_bpb.csv', [row | {'tokens_per_second': speeds[row['context_tokens']]} for row in rows])
@@ -519,7 +518,8 @@ def longctx(run):
                 part = [r for r in rows if r['beyond_training'] == far]
                 ax.plot([r['context_tokens'] for r in part], [r[key] for r in part], 'o', color=RED, label=label,
                         markerfacecolor='white' if far else RED)
-            token_axis(ax, sizes, 'context before the targets (tokens)')
+            token_axis(ax, sizes, 'context before the targets: tokens' + ', and bytes below them' * (in_bytes != sizes),
+                       [brief(n) + f'\n{b:,.0f}' * (in_bytes != sizes) for n, b in zip(sizes, in_bytes)])
         right.axhline(0, color=GREY, linewidth=1)
         left.set(ylabel='bits per byte', title='The same targets after more and more context')
         right.set(ylabel=f'bits per byte, less those after {brief(base)}', title='Paired difference, 95% interval')
@@ -582,7 +582,7 @@ def needle(run):
             cells.append({'length': length, 'depth': depth, 'seeds': needle_seeds, 'exact': hits, 'log_prob': log_prob,
                           'control_exact': control_hits, 'control_log_prob': control,
                           'beyond_training': length > run.block_size})
-    write_json('needle_heatmap.json', {'cells': cells, 'trained_length': run.block_size, 'needle': NEEDLE,
+    write('needle_heatmap.json', {'cells': cells, 'trained_length': run.block_size, 'needle': NEEDLE,
                                        'question': QUESTION, 'haystack': os.path.basename(haystack) or FILLER})
     if plots:
         grid = {key: np.array([[next(c[key] for c in cells if (c['length'], c['depth']) == (n, d)) for n in sizes]
@@ -622,22 +622,20 @@ def needle(run):
 
 
 def write_passkeys():
-    """Passkey text as a dataset: documents of passkey_length bytes with needles anywhere, each asked for after a while;
-    half of the documents have one needle, the others several close ones, which are learnt first."""
-    least = len(NEEDLE.format(12345) + QUESTION) + 8  # ' 12345. '
-    if passkey_length <= least or passkey_documents < 100:
-        die(f'passkey_length={passkey_length}, passkey_documents={passkey_documents}: expected over {least} and 99')
-    tok, rng, path = get_tokenizer('bytes'), np.random.default_rng(seed), os.path.join(make_passkey, 'passkey.jsonl')
-    hay = np.array(tok.encode(FILLER))
+    """Passkey text as a dataset: documents of passkey_length bytes, a needle and then its key told again and again, at
+    once (that is learnt first) or after some sentences."""
+    if passkey_length < 100:
+        die(f'passkey_length={passkey_length}: expected at least 100')
+    rng, path = np.random.default_rng(seed), os.path.join(make_passkey, 'passkey.jsonl')
     os.makedirs(make_passkey, exist_ok=True)
     with open(path, 'w') as file:
-        for _ in progress(range(passkey_documents), 'documents'):
-            text, left = '', passkey_length - 1  # one for <|endoftext|>
-            while left >= least:
-                n = left if rng.random() < 0.5 else int(rng.integers(least, left + 1))
-                prompt, answer = passkey_prompt(tok, hay, n - 8, rng.random(), rng)
-                text, left = text + tok.decode(prompt + answer) + '. ', left - n
-            file.write(json.dumps({'text': text + (FILLER * 2)[:left]}) + '\n')
+        for _ in progress(range(20000), 'documents'):
+            key, text, told = rng.integers(10000, 100000), '', NEEDLE
+            while len(text) < passkey_length:
+                start, n = rng.integers(len(FILLER)), rng.integers(2) * rng.integers(passkey_length // 3)
+                text += (FILLER * (2 + n // len(FILLER)))[start:start + n] + told.format(key)
+                told = (QUESTION if rng.random() < 0.3 else 'The pass key is') + ' {0}. '
+            file.write(json.dumps({'text': text[:passkey_length - 1]}) + '\n')  # one for <|endoftext|>
     meta = make({'dataset': 'passkey', 'data_files': path, 'tokenizer': 'bytes', 'val_fraction': 0.02,
                  'out_dir': make_passkey, 'num_proc': 1})
     print(f'{make_passkey}: {meta["splits"]["train"]["tokens"]:,} tokens to train on')
@@ -653,19 +651,18 @@ SPEED_PROTOCOL = (
     'state after really reading so many tokens, A from a cache of random numbers of that length (with CUDA graphs at '
     'the same position again and again). Memory: peak above what is held at rest (weights, in training AdamW moments '
     'too), gradients included; on a CPU peak resident memory of a process of its own for each cell, on CUDA the '
-    "allocator's. A call longer than half of max_cell_seconds is not repeated: it is the one of the memory process. "
-    'of_floor: the time to move weights, ring, taps, GLA state (in and out) or KV cache once at the measured read '
-    'bandwidth, over the time it takes. ')
-COLOURS = {'FELA': RED, 'A': BLUE, 'A-math': '#8fb3d1', 'A-recompute': GREY}
-NAMES = dict(zip(COLOURS, ('FELA', 'attention', 'attention, math SDPA', 'attention without cache')))
+    "allocator's. of_floor: the time to move weights, ring, taps, GLA state (in and out) or KV cache once at the "
+    'measured read bandwidth, over the time it takes. ')
+NAMES = {'FELA': 'FELA', 'A': 'attention', 'A-math': 'attention, math SDPA', 'A-recompute': 'attention without cache'}
+COLOURS = dict(zip(NAMES, (RED, BLUE, '#8fb3d1', GREY)))
+DECODED = 32  # tokens in a repetition
 
 
-def speed_shape():
+def speed_shape(run):
     """-> (fields of FELAConfig, weights or None, name)"""
     if not model_config:
-        state, manifest = load_checkpoint(checkpoint)
-        config = {f.name: state['config'][f.name] for f in fields(FELAConfig) if f.name in state['config']}
-        return config, state['model'], f'checkpoint {manifest["sha256"][:8]}'
+        weights = {name: t.cpu() for name, t in run.model.state_dict().items()}
+        return asdict(run.model.config), weights, f'checkpoint {run.sha256[:8]}'
     path, vocab = os.path.join(HERE, 'train.py'), vocab_size
     with open(path) as file:
         knobs = {node.targets[0].id: node.value.value for node in ast.parse(file.read()).body
@@ -673,8 +670,7 @@ def speed_shape():
     knobs = configure(dict(knobs, __file__=path), [model_config])
     with contextlib.suppress(DataError):
         vocab = vocab or load_meta(data_dir(knobs))['vocab_size']
-    config = {'vocab_size': vocab or 50257} | {f.name: knobs[f.name] for f in fields(FELAConfig) if f.name in knobs}
-    return config, None, os.path.basename(model_config).removesuffix('.py')
+    return shape_of({'vocab_size': vocab or 50257} | knobs), None, os.path.basename(model_config).removesuffix('.py')
 
 
 def speed_model(arm, shape, kind):
@@ -683,80 +679,61 @@ def speed_model(arm, shape, kind):
         model = FELA(FELAConfig(**dict(shape[0], pattern=shape[0]['pattern'] if arm == 'FELA' else 'A')))
     if shape[1] and arm == 'FELA':
         model.load_state_dict(shape[1])
-    model.checkpoint_activations = checkpoint_activations
     return model if kind == 'train' else model.to(getattr(torch, dtype)).requires_grad_(False)
 
 
-def speed_call(kind, arm, model, length, batch, compiled):
-    """-> what is timed, a function without arguments"""
+def speed_call(kind, arm, model, length, batch, compiled, state=None):
+    """-> what is timed, a function without arguments; state: of one row after `length` tokens, for decode"""
+    for block in model.blocks:  # as it was before it was compiled
+        block._compiled_call_impl = None
+        block.__dict__.pop('step', None)
+    if compiled:
+        model.compile_blocks()
+    if kind == 'decode' and arm != 'A-recompute':
+        return decode_call(model, state or random_cache(model.config, length, batch), batch)
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randint(model.config.vocab_size, (2, batch, length), generator=generator).to(device)
-    sdpa = (lambda: sdpa_kernel(SDPBackend.MATH)) if arm == 'A-math' else contextlib.nullcontext
-    for block in model.blocks:  # as train.py compiles: one by one, layers of a kind share their code
-        block._compiled_call_impl = None
-        if compiled:
-            block.compile(dynamic=False)
-    if kind == 'prefill':
-        def call():
-            with sdpa():
-                model.prefill(x)
-        return call
-    if not hasattr(model, 'optimizers'):
-        model.optimizers = model.configure_optimizers('adamw', 1e-4, 0.1, (0.9, 0.95))
 
-    def call():
-        with sdpa():
-            with autocast():
-                _, loss = model(x, y)
-            loss.backward()
+    def prefill():
+        model.prefill(x)
+
+    def train():
+        with autocast():
+            _, loss = model(x, y)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in model.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return call
+    if kind == 'train' and not hasattr(model, 'optimizers'):
+        model.optimizers = model.configure_optimizers('adamw', 1e-4, 0.1, (0.9, 0.95))
+    call = train if kind == 'train' else prefill
+    return sdpa_kernel(SDPBackend.MATH)(call) if arm == 'A-math' else call
 
 
-def decode_call(arm, model, state, position, batch, compiled, graphs):
-    """-> a function that decodes decode_tokens tokens from a state (one row) after `position` tokens"""
-    token, c = torch.ones(batch, dtype=torch.long, device=device), model.config
-    if arm == 'A-recompute':
-        idx = torch.ones(batch, position, dtype=torch.long, device=device)
-        return lambda: model.prefill(idx)
-    if arm == 'A':  # a cache with room for all that follows
-        shape = batch, c.n_head, position + decode_tokens * (repetitions + 3), c.n_embd // c.n_head
-        if 2 * c.n_layer * math.prod(shape) * model.norm.weight.element_size() > available_memory():
-            raise MemoryError
-        cache = {'dtype': getattr(torch, dtype), 'device': device}
-        state = [(torch.randn(shape, **cache), torch.randn(shape, **cache), position) for _ in range(c.n_layer)]
-    else:
-        state = repeat_state(state, batch)
-    step, box = torch.compile(model.step, dynamic=False) if compiled else model.step, [state]
+def random_cache(c, position, batch):
+    """A KV cache after `position` tokens, with room for all that follow"""
+    shape = batch, c.n_head, position + DECODED * (repetitions + 3), c.n_embd // c.n_head
+    cache = {'dtype': getattr(torch, dtype), 'device': device}
+    if 2 * c.n_layer * math.prod(shape) * cache['dtype'].itemsize > available_memory():
+        raise MemoryError
+    return [(torch.randn(shape, **cache), torch.randn(shape, **cache), position) for _ in range(c.n_layer)]
 
-    def one():
-        logits, box[0] = step(token, box[0])
-        token.copy_(logits.argmax(-1))
+
+def decode_call(model, state, batch):
+    token = torch.ones(batch, dtype=torch.long, device=device)
+    step = model.capture_step(token, state) if device.startswith('cuda') else None
 
     @torch.inference_mode()
     def call():
-        for _ in range(decode_tokens):
-            one()
-    if not graphs:
-        return call
-    with torch.inference_mode():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, and lets libraries set themselves up
-                box[0] = state
-                one()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph, box[0] = torch.cuda.CUDAGraph(), state
-        with torch.cuda.graph(graph):
-            one()
-            for old, new in zip(tree_leaves(state), tree_leaves(box[0])):  # only the ring is written in place
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-    return lambda: [graph.replay() for _ in range(decode_tokens)]
+        nonlocal state
+        for _ in range(DECODED):
+            if step:
+                logits = step(token)
+            else:
+                logits, state = model.step(token, state)
+            token.copy_(logits.argmax(-1))
+    return call
 
 
 def decode_bytes(model, position, batch):
@@ -809,25 +786,22 @@ def timed(call):
     return time.perf_counter() - start
 
 
-def memory_cell(knobs, kind, arm, shape, length, batch, compiled):
-    """In a process of its own: seconds of the first call (and of a second one, if compiled), memory before and at its
-    peak. A short call comes before: libraries, thread pools, and in training the optimizer's moments."""
+def memory_cell(knobs, shape, kind, arm, length, batch, compiled):
+    """In a process of its own -> memory before a call and at its peak. A short call comes before (libraries, thread
+    pools, in training the optimizer's moments), and one that compiles."""
     globals().update(knobs)
     prepare_process()
     model = speed_model(arm, shape, kind)
     speed_call(kind, arm, model, min(length, 64), 1, False)()
     call = speed_call(kind, arm, model, length, batch, compiled)
-    try:
-        first = timed(call) if compiled else None
-        gc.collect()
-        with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
-            file.write('5')  # Linux: the peak starts anew
-        before, seconds = process_memory('VmHWM'), timed(call)
-        return first or seconds, seconds, before, process_memory('VmHWM')
-    except (RuntimeError, MemoryError) as e:
-        if out_of_memory(e):
-            return None
-        raise
+    if compiled:
+        call()
+    gc.collect()
+    with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')  # Linux: the peak starts anew
+    before = process_memory('VmHWM')
+    call()
+    return before, process_memory('VmHWM')
 
 
 def ceilings():
@@ -854,23 +828,24 @@ def sdpa_backend(config, name):
 
 class Bench:
     """The cells of cells.jsonl: finished ones are kept, new ones written the moment they are measured."""
-    KEY = ('kind', 'arm', 'length', 'batch', 'dtype', 'compile', 'mode', 'hardware', 'torch', 'code', 'model')
+    CASE = ('kind', 'arm', 'length', 'batch', 'dtype', 'compile', 'mode')
+    SOURCE = ('model', 'code', 'torch', 'hardware')
 
-    def __init__(self):
-        self.path, self.cells, self.history, self.start = os.path.join(out, 'cells.jsonl'), [], {}, time.monotonic()
+    def __init__(self, run):
+        self.path, self.cells, self.pace, self.start = os.path.join(out, 'cells.jsonl'), [], {}, time.monotonic()
         if os.path.exists(self.path) and not (overwrite and kinds):
             with open(self.path) as file:
                 self.cells = [json.loads(line) for line in file if line.endswith('}\n')]
         if not kinds:
             return
-        env, self.shape = environment(), speed_shape()
+        env, self.shape = environment(), speed_shape(run)
         shape_id = hashlib.sha256(json.dumps(self.shape[0], sort_keys=True).encode()).hexdigest()[:8]
-        self.identity = {'hardware': env['hardware'], 'torch': env['torch'], 'code': env['model.py'],
-                         'model': f'{self.shape[2]} {shape_id}'}
-        same = [c for c in self.cells if all(c[k] == v for k, v in self.identity.items())]
+        source = f'{self.shape[2]} {shape_id}', env['model.py'], env['torch'], env['hardware']
+        self.source = dict(zip(self.SOURCE, source))
+        same = [c for c in self.cells if all(c[k] == v for k, v in self.source.items())]
         if same != self.cells:
             print(f'{self.path}: dropped {len(self.cells) - len(same)} cells of other hardware, torch, code or shape')
-        self.cells, self.limits, self.there = same, ceilings(), {tuple(c[k] for k in self.KEY) for c in same}
+        self.cells, self.limits = same, ceilings()
         write('cells.jsonl', ''.join(json.dumps(cell) + '\n' for cell in same))
         prepare_process()
 
@@ -890,52 +865,33 @@ class Bench:
         print(f'{cell["kind"]:7} {cell["arm"]:11} {cell["length"]:9,} x {cell["batch"]:<3} {cell["dtype"]} compile '
               f'{cell["compile"]}: {what}', flush=True)
 
-    def expected(self, key, tokens):
-        """Seconds of a longer call, from the growth of the last two"""
-        (n1, t1), (n2, t2) = ([(1, 0.0), (1, 0.0)] + self.history.get(key, []))[-2:]
-        growth = min(2, max(1, math.log(t2 / t1) / math.log(n2 / n1))) if t1 and n2 > n1 else 1
-        return t2 * (tokens / n2) ** growth
+    def not_too_long(self, key, work):
+        """By the pace of the last call of its kind"""
+        if (seconds := self.pace.get((*key, dtype, compile), 0) * work) > max_cell_seconds:
+            raise TimeoutError(f'about {seconds:.0f} s a call')
 
     def reached(self, model, states, position):
-        """State after `position` tokens, read on from the last one; None: that would take too long"""
-        last = max((p for p in states if p <= position), default=0)
-        if last < position:
-            if self.history.get(('pace', dtype), 0) * (position - last) > max_cell_seconds:
-                return None
-            idx = torch.randint(model.config.vocab_size, (1, position - last), device=device)
-            state, box = repeat_state(states[last], 1) if last else None, []
-            seconds = timed(lambda: box.append(model.prefill(idx, state)[1]))
-            states[position] = box[0]
-            if position - last >= 256:
-                self.history['pace', dtype] = seconds / (position - last)
+        """The state after `position` tokens"""
+        if position not in states:
+            self.not_too_long(('read',), position)
+            idx, start = torch.randint(model.config.vocab_size, (1, position), device=device), time.perf_counter()
+            states[position] = model.prefill(idx)[1]
+            if position >= 1024:
+                self.pace['read', dtype, compile] = (time.perf_counter() - start) / position
         return states[position]
 
-    def begin(self, kind, arm, length, batch, cell, model, states):
-        """-> (call or None, row) after the memory process and the first call; None: a line was added instead"""
-        row, compiled, too_long = {'times': [], 'memory': (None, None)}, compile == 'on', None
-        if kind == 'decode':
-            state = self.reached(model, states, length) if arm == 'FELA' else ()
-            too_long = f'more than {max_cell_seconds:.0f} s to read so many tokens' if state is None else None
-        elif (guess := self.expected((kind, arm, dtype, compile), length * batch)) > max_cell_seconds:
-            too_long = f'about {guess:.0f} s a call'
-        if too_long:
-            return self.add(cell, status=f'skipped: {too_long}')
-        if kind == 'decode':
-            call = decode_call(arm, model, state, length, batch, compiled, cell['mode'] == 'graph')
-        else:
+    def begin(self, kind, arm, length, batch, model, states):
+        """-> [what is timed, times (that of the first call), memory before and at the peak]"""
+        memory, state, case = (None, None), None, (kind, arm, length, batch, compile == 'on')
+        if kind != 'decode':
+            self.not_too_long((kind, arm), length * batch * model.flops_per_token(length))
             if device == 'cpu' and measure_memory:
                 with ProcessPoolExecutor(1, get_context('spawn')) as pool:
-                    knobs = {k: globals()[k] for k in KNOBS}
-                    result = pool.submit(memory_cell, knobs, kind, arm, self.shape, length, batch, compiled).result()
-                if result is None:
-                    raise MemoryError
-                row['first'], seconds, *row['memory'] = result
-                if seconds > max_cell_seconds / 2:  # not once more
-                    row['times'] = [seconds]
-                    return None, row
-            call = speed_call(kind, arm, model, length, batch, compiled)
-        row['first'] = row['spent'] = timed(call)
-        return call, row
+                    memory = pool.submit(memory_cell, {k: globals()[k] for k in KNOBS}, self.shape, *case).result()
+        elif arm == 'FELA':
+            state = repeat_state(self.reached(model, states, length), batch)
+        call = speed_call(kind, arm, model, *case[2:], state)
+        return [call, [timed(call)], memory]
 
     def measure(self, kind, length, batch, group, models, states):
         """A group of cells, one for each arm: first calls, then repetitions in turn"""
@@ -943,79 +899,73 @@ class Bench:
         torch._dynamo.reset()
         for arm, cell in group.items():
             try:
-                begun[arm] = self.begin(kind, arm, length, batch, cell, models[arm[0]], states)
+                begun[arm] = self.begin(kind, arm, length, batch, models[arm[0]], states)
             except Exception as e:
-                self.add(cell, status='oom' if out_of_memory(e) else
-                         f'failed: {type(e).__name__}: {" ".join(str(e).split())[:150]}')
-        begun = {arm: pair for arm, pair in begun.items() if pair}
-        for _ in range(repetitions):
-            for call, row in begun.values():
-                if call and (not row['times'] or row['spent'] < max_cell_seconds):
+                reason = ' '.join(str(e).split())[:150]
+                self.add(cell, status='oom' if out_of_memory(e) else f'skipped: {e}' if isinstance(e, TimeoutError) else
+                         f'failed: {type(e).__name__}: {reason}')
+        for i in range(repetitions):
+            for row in begun.values():
+                if i == 0 or sum(row[1]) < max_cell_seconds:
                     torch.cuda.reset_peak_memory_stats() if cuda else None
-                    row['times'].append(timed(call))
-                    row['spent'] += row['times'][-1]
+                    row[1].append(timed(row[0]))
                     if cuda:  # after a call gradients and outputs are gone, the moments are not
-                        row['memory'] = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-        for arm, (_, row) in begun.items():
-            self.add(group[arm], status='ok', **self.values(kind, arm, models[arm[0]], length, batch, row))
+                        row[2] = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        for arm, (_, times, memory) in begun.items():
+            self.add(group[arm], status='ok', **self.values(kind, arm, models[arm[0]], length, batch, times, memory))
 
-    def values(self, kind, arm, model, length, batch, row):
-        times = row['times']
-        q1, median, q3 = statistics.quantiles(times, n=4, method='inclusive') if len(times) > 1 else times * 3
+    def values(self, kind, arm, model, length, batch, times, memory):
+        first, *times = times
+        q1, median, q3 = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
         values = {'seconds': median, 'seconds_q1': q1, 'seconds_q3': q3, 'repetitions': len(times),
-                  'first_call_seconds': row['first']}
+                  'first_call_seconds': first}
         if kind == 'decode':
-            n, (weights, state) = 1 if arm == 'A-recompute' else decode_tokens, decode_bytes(model, length, batch)
+            n, (weights, state) = 1 if arm == 'A-recompute' else DECODED, decode_bytes(model, length, batch)
             floor = (weights + state) / self.limits['read_gbytes_per_second'] / 1e6
             return values | {'ms_per_token': 1e3 * median / n, 'ms_q1': 1e3 * q1 / n, 'ms_q3': 1e3 * q3 / n,
                              'floor_ms': floor, 'of_floor': floor * n / (1e3 * median),
                              'tokens_per_second': batch * n / median, 'state_bytes': state}
-        tokens, flops, (before, peak) = length * batch, model.flops_per_token(length), row['memory']
+        tokens, flops, (before, peak) = length * batch, model.flops_per_token(length), memory
+        self.pace[kind, arm, dtype, compile] = median / (tokens * flops)
         if kind == 'prefill':  # forward is a third of it, and logits are those of the last position only
             flops = flops / 3 - 2 * model.embedding.weight.numel()
-        self.history.setdefault((kind, arm, dtype, compile), []).append((tokens, median))
         tflops = flops * tokens / median / 1e12
         return values | {'tokens_per_second': tokens / median, 'tokens_per_second_q1': tokens / q3,
                          'tokens_per_second_q3': tokens / q1, 'tflops': tflops,
                          'of_matmul_ceiling': tflops / self.limits[f'matmul_{dtype}_tflops'], 'before_bytes': before,
                          'peak_bytes': peak, 'above_bytes': peak and peak - before}
 
-    def run(self):
+    def measure_all(self):
         """All cells that are not there yet -> how many are left for lack of time"""
         global dtype, compile
-        left, asked = 0, (dtype, compile)
-        modes = {'decode': 'graph' if cuda_graphs and device.startswith('cuda') else 'eager',
-                 'train': 'recompute' * checkpoint_activations, 'prefill': ''}
-        for dtype in asked[0].split(','):
-            for kind in kinds.split(','):
-                models, states = {}, {}
-                sizes = sorted({(n, max(1, t // n)) for n in numbers(lengths) for t in numbers(batch_tokens)},
-                               key=lambda size: (math.prod(size), size))
-                if kind == 'decode':
-                    sizes = [(p, b) for b in numbers(decode_batches) for p in numbers(positions)]
-                for compile in asked[1].split(','):
-                    for length, batch in sizes:
-                        group = {arm: {'kind': kind, 'arm': arm, 'length': length, 'batch': batch, 'dtype': dtype,
-                                       'compile': compile, 'mode': modes[kind], **self.identity}
-                                 for arm in arms.split(',') if arm != ('A-math' if kind == 'decode' else 'A-recompute')}
-                        group = {arm: cell for arm, cell in group.items()
-                                 if tuple(cell[k] for k in self.KEY) not in self.there}
-                        if max_minutes and time.monotonic() - self.start > 60 * max_minutes:
-                            left += len(group)
-                        elif group:
-                            for arm in {arm[0] for arm in group} - models.keys():
-                                models[arm] = speed_model({'F': 'FELA'}.get(arm, arm), self.shape, kind)
-                            self.measure(kind, length, batch, group, models, states)
-                            gc.collect()
-                            torch.cuda.empty_cache() if device.startswith('cuda') else None
+        left, asked, there = 0, (dtype, compile), {tuple(c[k] for k in self.CASE) for c in self.cells}
+        for dtype, kind in itertools.product(asked[0].split(','), kinds.split(',')):
+            models, states = {}, {}
+            sizes = sorted({(n, max(1, t // n)) for n in numbers(lengths) for t in numbers(batch_tokens)},
+                           key=lambda size: (math.prod(size), size))
+            if kind == 'decode':
+                sizes = [(p, b) for b in numbers(decode_batches) for p in numbers(positions)]
+            mode = ('eager', 'graph')[device.startswith('cuda')] if kind == 'decode' else ''
+            for compile, (length, batch) in itertools.product(asked[1].split(','), sizes):
+                group = {arm: dict(zip(self.CASE, (kind, arm, length, batch, dtype, compile, mode))) | self.source
+                         for arm in arms.split(',') if arm != ('A-math' if kind == 'decode' else 'A-recompute')}
+                group = {arm: cell for arm, cell in group.items() if tuple(cell[k] for k in self.CASE) not in there}
+                if max_minutes and time.monotonic() - self.start > 60 * max_minutes:
+                    left += len(group)
+                elif group:
+                    for arm in {arm[0] for arm in group} - models.keys():
+                        models[arm] = speed_model({'F': 'FELA'}.get(arm, arm), self.shape, kind)
+                    self.measure(kind, length, batch, group, models, states)
+                    gc.collect()
+                    torch.cuda.empty_cache() if device.startswith('cuda') else None
         dtype, compile = asked
         return left
 
 
 def speed(run=None):
-    bench, record = Bench(), {'protocol': SPEED_PROTOCOL}
+    bench, record = Bench(run), {'protocol': SPEED_PROTOCOL}
     if kinds:
-        left, backends = bench.run(), {name: sdpa_backend(bench.shape[0], name) for name in dtype.split(',')}
+        left, backends = bench.measure_all(), {name: sdpa_backend(bench.shape[0], name) for name in dtype.split(',')}
         record |= {'ceilings': bench.limits, 'sdpa_backend': backends, 'shape': bench.shape[0], 'cells_left': left}
         record['protocol'] += f'Measured ceilings: {", ".join(f"{k} {v:.4g}" for k, v in bench.limits.items())}. ' \
                               f'SDPA backend: {", ".join(f"{v} ({k})" for k, v in backends.items())}.'
@@ -1037,82 +987,65 @@ def speed(run=None):
 
 def speed_tables(cells):
     """The four CSV files -> pairs of cells (FELA, another arm) of the same case"""
-    source = ['model', 'code', 'torch', 'hardware']
     for name, kinds, columns in (
             ('throughput.csv', 'train prefill', 'tokens_per_second tokens_per_second_q1 tokens_per_second_q3 seconds '
              'first_call_seconds repetitions tflops of_matmul_ceiling'),
             ('vram.csv', 'train prefill', 'above_bytes peak_bytes before_bytes'),
             ('decode.csv', 'decode', 'ms_per_token ms_q1 ms_q3 tokens_per_second floor_ms of_floor state_bytes '
              'first_call_seconds repetitions')):
-        rows = [c for c in cells if c['kind'] in kinds.split()]
-        if rows:
-            write_csv(name, rows, [*Bench.KEY[:7], 'status', *columns.split(), *source])
-    same = ['kind', 'length', 'batch', 'dtype', 'compile', 'mode', *source]
+        if rows := [c for c in cells if c['kind'] in kinds.split()]:
+            write_csv(name, rows, [*Bench.CASE, 'status', *columns.split(), *Bench.SOURCE])
+    same = ('kind', 'length', 'batch', 'dtype', 'compile', 'mode', *Bench.SOURCE)
     ours = {tuple(c[k] for k in same): c for c in cells if c['arm'] == 'FELA' and c['status'] == 'ok'}
     pairs = [(ours[key], c) for c in cells if c['arm'] != 'FELA' and (key := tuple(c[k] for k in same)) in ours]
-    rows = [{k: f[k] for k in same[:6]} | {
-        'against': a['arm'], 'status': a['status'], 'fela_seconds': f['seconds'], 'against_seconds': a.get('seconds'),
-        'ratio': a['seconds'] / f['seconds'] if a['status'] == 'ok' else None} | {k: f[k] for k in source}
-        for f, a in pairs if f['kind'] != 'decode']
-    if rows:
-        write_csv('wallclock.csv', rows)
+    if rows := [f | {'against': a['arm'], 'status': a['status'], 'fela_seconds': f['seconds'], 'against_seconds':
+                a.get('seconds'), 'ratio': a['seconds'] / f['seconds'] if a['status'] == 'ok' else None}
+                for f, a in pairs if f['kind'] != 'decode']:
+        write_csv('wallclock.csv', rows, [*same[:6], 'against', 'status', 'fela_seconds', 'against_seconds', 'ratio',
+                                          *Bench.SOURCE])
     return pairs
 
 
 def draw_speed(cells, pairs):
-    title = f'{cells[0]["model"].rpartition(" ")[0]} on {cells[0]["hardware"]}'
-
-    def panels(name, kinds, value, label, low='', high=''):
-        found = [c | {'above_mib': (c.get('above_bytes') or 0) / 2 ** 20} for c in cells]
-        found = [c for c in found if c['kind'] in kinds and c.get(value)]
-        cases = list({(kind, c['dtype']): 0 for kind in kinds for c in found if c['kind'] == kind})
-        if not cases:
-            return []
-        fig, axes = figure(len(cases))
+    cells = [c | {'above_mib': (c.get('above_bytes') or 0) / 2 ** 20} for c in cells]
+    for f, a in pairs:
+        if a['status'] == 'ok' and f['kind'] != 'decode':
+            cells.append(a | {'ratio': a['seconds'] / f['seconds']})
+    pictures = []
+    for name, kinds, value, label, *band in (
+            ('throughput.png', 'train prefill', 'tokens_per_second', 'tokens per second', 'tokens_per_second_q1',
+             'tokens_per_second_q3'),
+            ('wallclock.png', 'train prefill', 'ratio', 'time of attention / time of FELA'),
+            ('vram.png', 'train prefill', 'above_mib', 'peak memory above the weights (MiB)'),
+            ('decode.png', 'decode', 'ms_per_token', 'milliseconds per token', 'ms_q1', 'ms_q3')):
+        found = [c for kind in kinds.split() for c in cells if c['kind'] == kind and c.get(value)]
+        cases = list(dict.fromkeys((c['kind'], c['dtype']) for c in found))
+        fig, axes = figure(len(cases)) if cases else (None, [[]])
         for ax, case in zip(axes[0], cases):
-            lines, inside = {}, [c for c in found if (c['kind'], c['dtype']) == case]
+            inside, lines = [c for c in found if (c['kind'], c['dtype']) == case], {}
+            batches = sorted({c['batch'] for c in inside}) if case[0] == 'decode' else [0]
             for c in sorted(inside, key=lambda c: c['tokens_per_second']):  # of several batch sizes the fastest
-                batch = c['batch'] if case[0] == 'decode' else 0
-                lines.setdefault((list(COLOURS).index(c['arm']), c['arm'], c['compile'], batch), {})[c['length']] = c
-            batches = sorted({key[3] for key in lines})
+                key = list(NAMES).index(c['arm']), c['arm'], c['compile'], c['batch'] if case[0] == 'decode' else 0
+                lines.setdefault(key, {})[c['length']] = c
             for (_, arm, compiled, batch), line in sorted(lines.items()):
                 xs, best = sorted(line), [line[n] for n in sorted(line)]
-                ax.plot(xs, [c[value] for c in best], color=COLOURS[arm], linestyle='-' if compiled == 'off' else '--',
+                ax.plot(xs, [c[value] for c in best], '-' if compiled == 'off' else '--', color=COLOURS[arm],
                         marker='osD^v'[batches.index(batch) % 5], label=NAMES[arm] + ', compiled' * (compiled == 'on')
                         + f', batch {batch}' * bool(batch))
-                if low:
-                    ax.fill_between(xs, [c[low] for c in best], [c[high] for c in best], color=COLOURS[arm], alpha=0.15,
-                                    linewidth=0)
+                if band:
+                    low, high = ([c[key] for c in best] for key in band)
+                    ax.fill_between(xs, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
             token_axis(ax, {c['length'] for c in inside},
                        'tokens read before' if case[0] == 'decode' else 'length of the sequence (tokens)')
             plain_log(ax)
+            if value == 'ratio':
+                ax.axhline(1, color='0.4', linewidth=1)
             ax.set(ylabel=label, title=', '.join(case))
             ax.legend()
-        fig.suptitle(title, fontsize=9, color='0.35')
-        return [save_figure(fig, name)]
-
-    done = panels('throughput.png', ['train', 'prefill'], 'tokens_per_second', 'tokens per second',
-                  'tokens_per_second_q1', 'tokens_per_second_q3')
-    lines = {}
-    for f, a in pairs:
-        if a['status'] == 'ok' and f['kind'] != 'decode':
-            label = (f'{f["kind"]}, {f["dtype"]}' + ', compiled' * (f['compile'] == 'on')
-                     + ', math SDPA' * (a['arm'] == 'A-math'))
-            line, ratio = lines.setdefault(label, {}), a['seconds'] / f['seconds']
-            line[f['length']] = max(line.get(f['length'], 0), ratio)
-    if lines:
-        fig, ((ax,),) = figure()
-        for label, line in sorted(lines.items()):
-            ax.plot(sorted(line), [line[n] for n in sorted(line)], 's--' if 'compiled' in label else 'o-', label=label)
-        ax.axhline(1, color='0.4', linewidth=1)
-        plain_log(ax)
-        token_axis(ax, {n for line in lines.values() for n in line}, 'length of the sequence (tokens)')
-        ax.set(ylabel='time of attention / time of FELA', title='How many times as fast as attention')
-        ax.legend()
-        fig.suptitle(title, fontsize=9, color='0.35')
-        done.append(save_figure(fig, 'wallclock.png'))
-    return (done + panels('vram.png', ['train', 'prefill'], 'above_mib', 'peak memory above the weights (MiB)')
-            + panels('decode.png', ['decode'], 'ms_per_token', 'milliseconds per token', 'ms_q1', 'ms_q3'))
+        if cases:
+            fig.suptitle(f'{cells[0]["model"].rpartition(" ")[0]} on {cells[0]["hardware"]}', fontsize=9, color='0.35')
+            pictures.append(save_figure(fig, name))
+    return pictures
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1170,7 +1103,7 @@ def interpret(run):
     commit = (len(tops) - agree.flip(0).cumprod(0).sum(0)).float()  # from this layer on the final prediction is on top
     share = [(commit == i).float().mean().item() for i in range(len(tops))]
     lens = {'commit_share': share, 'commit_median': commit.median().item(), 'bits_per_token': bits}
-    write_json('interpret.json', {'text': source, 'filters': filters, 'gates': memory, 'logit_lens': lens})
+    write('interpret.json', {'text': source, 'filters': filters, 'gates': memory, 'logit_lens': lens})
     rows = [{'layer': f'{i} {(model.config.pattern * i)[i - 1]}',
              'centroid (cycles/token)': filters[i]['centroid_quartiles'][1] if i in filters else None,
              'half-energy lag (tokens)': filters[i]['half_energy_lag_quartiles'][1] if i in filters else None,
@@ -1197,8 +1130,8 @@ def draw_filters(responses, filters):
         ax.axis('off')
     for ax, (i, (power, centroid)) in zip(axes.flat, responses.items()):  # power (F,C), in 32 groups of like channels
         groups = torch.stack([part.mean(1) for part in (power / power.sum(0)).tensor_split(min(32, power.shape[1]), 1)])
-        image = ax.imshow(10 * (groups / groups.amax(1, True)).clamp(min=1e-6).log10().numpy(), aspect='auto', origin='lower',
-                          extent=(0, 0.5, 0, 100), cmap='magma', vmin=-20, vmax=0)
+        gain = 10 * (groups / groups.amax(1, True)).clamp(min=1e-6).log10().numpy()  # dB
+        image = ax.imshow(gain, aspect='auto', origin='lower', extent=(0, 0.5, 0, 100), cmap='magma', vmin=-20, vmax=0)
         ax.plot(centroid, np.linspace(0, 100, len(centroid)), color='white', linewidth=1.2, label='centroid')
         ax.set(title=f'layer {i}', xlabel='frequency (cycles per token)')
         ax.grid(False)
@@ -1275,7 +1208,7 @@ def check():
         wrong = [name for name in globals()[key].split(',') if name not in allowed]
         if wrong:
             die(f'{key}: {wrong[0]!r} is none of {", ".join(filter(None, allowed))}')
-    for keys, least in (('blocks', 2), ('batch_size block_tokens needle_seeds decode_tokens repetitions', 1),
+    for keys, least in (('blocks', 2), ('batch_size block_tokens needle_seeds repetitions', 1),
                         ('limit max_length seed vocab_size max_cell_seconds max_minutes', 0)):
         for key in keys.split():
             if not globals()[key] >= least:
@@ -1350,7 +1283,7 @@ def main():
                     'command': f'python eval.py --suite={name}' + ''.join(f' --{k}={v}' for k, v in changed.items()),
                     'date': time.strftime('%Y-%m-%d'), 'device': device, 'dtype': dtype, 'compile': compile,
                     'seed': seed, 'knobs': {k: changed.get(k, v) for k, v in knobs.items()}} | environment() | result
-            write_json('meta.json', meta)
+            write('meta.json', meta)
             write_page(meta)
         print('\n'.join([*(table_lines(meta[name]['table']) if meta[name]['table'] else ()), meta[name]['protocol']]))
 

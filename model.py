@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import unflatten  # torch.compile of 2.11 cannot trace the method
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 
@@ -59,47 +60,49 @@ class FELAConfig:
 
 
 class _FIR(torch.autograd.Function):
-    """Overlap-save: x (B,M-1+T,C), taps (M,C), spectrum (C,F) of the taps for blocks of n inputs -> y (B,T,C) in the dtype of x.
-    A block of n inputs gives n-M+1 outputs. Only x is kept, in its own dtype; backward computes its spectra again."""
+    """Overlap-save: past (C,B,M-1) and x (C,B,T), taps (M,C), spectrum (C,F) of the taps for blocks of n inputs -> y (C,B,T)
+    in the dtype of x. A block of n inputs gives n-M+1 outputs. Only past and x are kept; backward computes their spectra again.
+    Channels come first, so that every copy and cast runs along memory (transposing ones were a fifth of a step on an H200)."""
 
     @staticmethod
-    def forward(ctx, x, taps, spectrum, n):
-        ctx.save_for_backward(x, spectrum)
+    def forward(ctx, past, x, taps, spectrum, n):
+        ctx.save_for_backward(past, x, spectrum)
         ctx.n, ctx.M = n, taps.shape[0]
-        y = torch.fft.irfft(_block_spectra(x, n, ctx.M, taps.dtype).mul_(spectrum.unsqueeze(1)), n=n)  # (B,C,blocks,n)
-        y = y[..., ctx.M - 1:].flatten(2)[..., :x.shape[1] - ctx.M + 1]  # (B,C,T)
-        return torch.empty(y.mT.shape, dtype=x.dtype, device=x.device).copy_(y.mT)  # transposed and cast in one pass
+        y = torch.fft.irfft(_block_spectra(past, x, n, ctx.M, taps.dtype).mul_(spectrum[:, None, None]), n=n)  # (C,B,blocks,n)
+        return y[..., ctx.M - 1:].flatten(2)[..., :x.shape[-1]].to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        x, spectrum = ctx.saved_tensors
-        n, M, T = ctx.n, ctx.M, dy.shape[1]
-        step, blocks = n - M + 1, -(-T // (n - M + 1))
-        padded = spectrum.real.new_zeros(*x.shape[::2], blocks, n)  # (B,C,blocks,n): outputs sit at the end of their block
-        for i in range(blocks):
-            part = dy[:, i * step:(i + 1) * step].mT
-            padded[:, :, i, M - 1:M - 1 + part.shape[-1]] = part
-        dY = torch.fft.rfft(padded)
-        dx = dtaps = None
-        if ctx.needs_input_grad[1]:
-            X = _block_spectra(x, n, M, spectrum.real.dtype)
-            dtaps = torch.fft.irfft((X.conj() * dY).sum((0, 2)), n=n)[:, :M].t()  # (C,n) -> (M,C)
-        if ctx.needs_input_grad[0]:
-            d = torch.fft.irfft(dY.mul_(spectrum.conj().unsqueeze(1)), n=n)  # (B,C,blocks,n)
-            for i in range(blocks - 1):  # neighbours share M-1 inputs
-                d[:, :, i + 1, :M - 1] += d[:, :, i, step:]
-            d = torch.cat((d[..., :step].flatten(2), d[:, :, -1, step:]), -1) if blocks > 1 else d[:, :, 0]  # (B,C,blocks*step+M-1)
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(d[..., :x.shape[1]].mT)
-        return dx, dtaps, None, None
+        past, x, spectrum = ctx.saved_tensors
+        n, M, T = ctx.n, ctx.M, dy.shape[-1]
+        step = n - M + 1
+        full, rest = divmod(T, step)
+        padded = spectrum.real.new_zeros(*x.shape[:2], full + (rest > 0), n)  # outputs sit at the end of their block
+        padded[:, :, :full, M - 1:] = unflatten(dy[..., :T - rest], -1, (full, step))
+        if rest:
+            padded[:, :, full, M - 1:M - 1 + rest] = dy[..., T - rest:]
+        dY = torch.fft.rfft(padded)  # (C,B,blocks,F)
+        dpast = dx = dtaps = None
+        if ctx.needs_input_grad[2]:
+            X = _block_spectra(past, x, n, M, padded.dtype)
+            dtaps = torch.fft.irfft((X.conj() * dY).sum((1, 2)), n=n)[:, :M].t()  # (C,n) -> (M,C)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            d = torch.fft.irfft(dY.mul_(spectrum.conj()[:, None, None]), n=n)  # (C,B,blocks,n)
+            d[:, :, 1:, :M - 1] += d[:, :, :-1, step:]  # neighbours share M-1 inputs
+            both = x.new_empty(*x.shape[:2], d.shape[2] * step + M - 1)
+            unflatten(both[..., :1 - M or None], -1, (-1, step)).copy_(d[..., :step])
+            both[..., both.shape[-1] - M + 1:] = d[:, :, -1, step:]
+            dpast, dx = both[..., :M - 1].contiguous(), both[..., M - 1:M - 1 + T].contiguous()  # 2.11 compiles for these strides
+        return dpast, dx, dtaps, None, None
 
 
-def _block_spectra(x, n, M, dtype):
-    """x (B,M-1+T,C) -> (B,C,blocks,F): spectra of blocks of n inputs that overlap by M-1."""
-    (B, L, C), step = x.shape, n - M + 1
-    length = -(-(L - M + 1) // step) * step + M - 1
-    padded = torch.empty(B, C, length, dtype=dtype, device=x.device)
-    padded[..., :L] = x.mT
-    padded[..., L:] = 0
+def _block_spectra(past, x, n, M, dtype):
+    """past (C,B,M-1), x (C,B,T) -> (C,B,blocks,F): spectra of blocks of n inputs that overlap by M-1."""
+    (C, B, T), step = x.shape, n - M + 1
+    padded = torch.empty(C, B, -(-T // step) * step + M - 1, dtype=dtype, device=x.device)
+    padded[..., :M - 1] = past
+    padded[..., M - 1:M - 1 + T] = x
+    padded[..., M - 1 + T:] = 0
     return torch.fft.rfft(padded.unfold(-1, n, step))
 
 
@@ -119,16 +122,17 @@ def causal_fir(x, taps, past=None):
     M = taps.shape[0]
     if past is not None and past.shape != (x.shape[0], M - 1, x.shape[2]):
         raise ValueError(f'causal_fir: expected past (B,M-1,C) = {(x.shape[0], M - 1, x.shape[2])}, got {tuple(past.shape)}')
-    x = F.pad(x, (0, 0, M - 1, 0)) if past is None else torch.cat((past.to(x.dtype), x), 1)
-    return _fir(x, taps if taps.dtype == torch.float64 else taps.float())
+    past = x.new_zeros(x.shape[0], M - 1, x.shape[2]) if past is None else past.to(x.dtype)
+    taps = taps if taps.dtype == torch.float64 else taps.float()
+    return _fir(past.permute(2, 0, 1), x.permute(2, 0, 1), taps).permute(1, 2, 0)
 
 
 @torch.compiler.disable  # inductor has no complex numbers, and made of this an illegal memory access on an H200 (torch 2.11)
-def _fir(x, taps):
-    """x (B,M-1+T,C) with its past, taps (M,C) -> (B,T,C)"""
-    n = _fft_size(x.shape[1] - taps.shape[0] + 1, taps.shape[0])
+def _fir(past, x, taps):
+    """past (C,B,M-1), x (C,B,T), taps (M,C) -> (C,B,T)"""
+    n = _fft_size(x.shape[-1], taps.shape[0])
     spectrum = torch.fft.rfft(taps.detach().t(), n=n)  # (C,F)
-    return _FIR.apply(x, taps, spectrum, n)
+    return _FIR.apply(past, x, taps, spectrum, n)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,14 +243,13 @@ class FNOMixer(nn.Module):
         return ring, torch.zeros((), dtype=torch.long, device=p.device), taps, torch.cat((flipped, flipped))
 
     def forward(self, x, state):
-        u, z = self.input(x).chunk(2, -1)  # (B,T,C)
+        u, z = unflatten(self.input.weight @ x.flatten(0, 1).t(), 1, x.shape[:2]).chunk(2)  # (C,B,T), as _FIR likes it
         ring, pos, taps, taps2 = state
         M = taps.shape[0]
-        past = ring.index_select(1, (pos + torch.arange(M, device=x.device)) % M)  # oldest first
-        x = torch.cat((past.to(u.dtype), u), 1)  # (B,M+T,C)
-        y = _fir(x[:, 1:], taps)
-        ring = x[:, -M:].to(ring.dtype, copy=True)
-        return self.output(y * F.silu(z)), (ring, torch.zeros_like(pos), taps, taps2)
+        past = ring.index_select(1, (pos + torch.arange(M, device=x.device)) % M).permute(2, 0, 1).to(u.dtype)  # oldest first
+        y = _fir(past[..., 1:], u, taps) * F.silu(z)
+        ring = torch.cat((past, u[..., -M:]), -1)[..., -M:].permute(1, 2, 0).to(ring.dtype, memory_format=torch.contiguous_format)
+        return unflatten(self.output(y.flatten(1).t()), 0, x.shape[:2]), (ring, torch.zeros_like(pos), taps, taps2)
 
     def step(self, x, state):
         u, z = self.input(x).chunk(2, -1)  # (B,C)
@@ -357,18 +360,19 @@ class AttentionMixer(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of x (...,2F), gate and up its halves; keeps x alone, a third less than autograd would"""
+    """silu(gate) * up of x (...,2F), gate and up its halves; keeps x alone, a third less than autograd would. Nothing in
+    place: torch.compile of 2.11 makes wrong gradients of that."""
 
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
         gate, up = x.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors[0].chunk(2, -1)
-        return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)), -1)
+        return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad), -1)
 
 
 class MLP(nn.Module):
@@ -548,6 +552,13 @@ class FELA(nn.Module):
         the KV cache of 'A' layers). It belongs to the weights it was made with."""
         return [block.mixer.init_state(batch_size) for block in self.blocks]
 
+    def compile_blocks(self):
+        """torch.compile by blocks, for training, prefill and step: layers of a kind share their code, so it takes seconds"""
+        options = {'coordinate_descent_tuning': True} if self.norm.weight.is_cuda else None  # one row: as fast as memory
+        for block in self.blocks:
+            block.compile(dynamic=False)
+            block.step = torch.compile(block.step, dynamic=False, options=options)
+
     def hidden(self, idx, state):
         """idx (B,T) -> (normalised output of the last block (B,T,C), state), in segments that pass their state on."""
         B, T = idx.shape
@@ -604,14 +615,45 @@ class FELA(nn.Module):
         return F.linear(h.to(self.embedding.weight.dtype), self.embedding.weight)[:, :self.config.vocab_size].float()
 
     @torch.inference_mode()
+    def capture_step(self, idx, state):
+        """-> step(idx) -> logits, the same as `step` as one CUDA graph (some 300 kernels, started at once). It owns a copy of
+        the state and advances it in place. A layers stay at their position, so for them it is good for timing only."""
+        idx, state = idx.clone(), repeat_state(state, 1)
+        stream = torch.cuda.Stream(idx.device)
+        stream.wait_stream(torch.cuda.current_stream(idx.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and lets libraries set themselves up
+                self.step(idx, repeat_state(state, 1))
+        torch.cuda.current_stream(idx.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits, new = self.step(idx, state)
+            for a, b in zip(tree_leaves(state), tree_leaves(new)):
+                if a is not b and isinstance(a, torch.Tensor):
+                    a.copy_(b)
+
+        def step(token):
+            idx.copy_(token)
+            graph.replay()
+            return logits
+        return step
+
+    @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None):
         """Yields the next token of each row (B,) as it comes. idx (B,T) is read after `state`; temperature 0 is greedy;
         top_k 0 and top_p 1 are off."""
         logits, state = self.prefill(idx, state)
+        step = None
         for i in range(max_new_tokens):
             token = sample(logits, temperature, top_k, top_p, generator)
             yield token
-            if i + 1 < max_new_tokens:
+            if i + 1 == max_new_tokens:
+                return
+            if step is None and idx.is_cuda and not self.attention:
+                step = self.capture_step(token, state)
+            if step:
+                logits = step(token)
+            else:
                 logits, state = self.step(token, state)
 
 
@@ -677,7 +719,8 @@ def _write_whole(path, fill):
     """At every instant, power cuts included, `path` is absent, as it was, or complete."""
     tmp, out = path + '.tmp', None
     try:
-        with open(tmp, 'wb') as file:
+        _remove(tmp)
+        with open(tmp, 'xb') as file:  # x: never through a link that somebody left there
             out = _HashingFile(file)
             fill(out)
             file.flush()
@@ -691,10 +734,7 @@ def _write_whole(path, fill):
             os.fsync(folder)
             os.close(folder)
     except (OSError, RuntimeError) as e:
-        try:
-            os.remove(tmp)
-        except OSError:
-            pass
+        _remove(tmp)
         reason = (out and out.error) or e
         reason = getattr(reason, 'strerror', None) or str(reason).split('\n')[0]
         raise CheckpointError(f'could not write {path}: {reason}; earlier checkpoints are as they were') from None
@@ -703,7 +743,8 @@ def _write_whole(path, fill):
 
 def list_checkpoints(out_dir):
     """Paths of the manifests in a folder, newest first."""
-    found = filter(None, (re.fullmatch(r'step_(\d{6,})(_final)?\.json', name) for name in os.listdir(out_dir)))
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []  # deleted under a run that has to stop
+    found = filter(None, (re.fullmatch(r'step_(\d{6,})(_final)?\.json', name) for name in names))
     return [os.path.join(out_dir, m[0]) for m in sorted(found, key=lambda m: (int(m[1]), bool(m[2])), reverse=True)]
 
 
@@ -736,7 +777,11 @@ def save_checkpoint(out_dir, step, state, manifest, final=False, keep=0):
     written = _write_whole(path + '.pt', lambda out: torch.save(state, out))
     manifest = {**manifest, 'step': step, 'final': final, 'bytes': written.bytes, 'sha256': written.sha256.hexdigest()}
     manifest['manifest_sha256'] = _manifest_sha256(manifest)
-    _write_whole(path + '.json', lambda out: out.write(json.dumps(manifest, indent=1, allow_nan=False).encode()))
+    try:
+        _write_whole(path + '.json', lambda out: out.write(json.dumps(manifest, indent=1, allow_nan=False).encode()))
+    except CheckpointError:
+        _remove(path + '.pt')  # alone it is no checkpoint, and takes the space that the next one needs
+        raise
     if keep:
         _prune(out_dir, step, keep)
     return path + '.pt'
@@ -748,10 +793,10 @@ def _prune(out_dir, step, keep):
     losses = {}
     for path in past:
         try:
-            losses[path] = read_manifest(path)['losses']['val']
-        except (CheckpointError, KeyError, TypeError):
+            losses[path] = float(read_manifest(path)['losses']['val'])
+        except (CheckpointError, KeyError, TypeError, ValueError):  # damaged, foreign, or saved without an evaluation
             pass
-    best = min((path for path in losses if losses[path] is not None), key=losses.get, default=None)
+    best = min(losses, key=losses.get, default=None)
     for path in past[keep:]:
         if path != best:
             _remove(path, path[:-5] + '.pt')  # the manifest first: a .pt without one is no checkpoint
@@ -768,16 +813,19 @@ def _remove(*paths):
 def open_folder(out_dir):
     """Lock a run's folder for the life of this process. Returns what a run that was killed left in the lock, or ''."""
     os.makedirs(out_dir, exist_ok=True)
-    file = open(os.path.join(out_dir, 'lock'), 'a+', errors='replace')
-    file.seek(0)
-    holder = file.read(200).strip()
+    no_link = lambda path, flags: os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)  # the file is emptied
+    file = open(os.path.join(out_dir, 'lock'), 'a+', errors='replace', opener=no_link)
     try:  # the kernel holds the lock until the process ends, however it ends: the file alone locks nothing
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
     except BlockingIOError:
-        raise CheckpointError(f'{out_dir} is in use by another run: {holder}') from None
+        time.sleep(0.1)  # its holder may just be writing
+        file.seek(0)
+        raise CheckpointError(f'{out_dir} is in use by another run: {file.read(200).strip()}') from None
+    except (ImportError, OSError) as e:  # Windows, or a file system without locks (some of Lustre's and of FUSE)
+        print(f'warning: {out_dir} cannot be locked, a second run in it would not be noticed: {e}', file=sys.stderr)
+    file.seek(0)
+    holder = file.read(200).strip()
     file.truncate(0)
     file.write(f'pid {os.getpid()}, started {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
     file.flush()
@@ -818,8 +866,11 @@ def load_checkpoint(path, map_location='cpu'):
         raise CheckpointError(f'{path}: not a checkpoint of ours: its manifest {stem}.json is missing, so it was never '
                               f'finished or comes from elsewhere')
     manifest = read_manifest(stem + '.json')
-    if type(manifest.get('step')) is not int or type(manifest.get('final')) is not bool:
+    step, final, name = manifest.get('step'), manifest.get('final'), os.path.basename(stem)
+    if type(step) is not int or type(final) is not bool:
         raise CheckpointError(f'{stem}.json is not a checkpoint manifest: no step and final in it')
+    if name.startswith('step_') and name != f'step_{step:06d}{"_final" * final}':
+        raise CheckpointError(f'{stem}.json is misnamed: it is the manifest of step {step}')
     try:
         with open(stem + '.pt', 'rb') as file:
             size = os.fstat(file.fileno()).st_size
@@ -836,7 +887,7 @@ def load_checkpoint(path, map_location='cpu'):
     except Exception as e:  # torch.load raises whatever a foreign file leads it to
         reason = ' '.join(str(e).split())[:120]
         raise CheckpointError(f'{stem}.pt is refused, not tensors and plain values only: {reason}') from None
-    if not isinstance(state, dict) or not {'model', 'config', 'training'} <= state.keys():
+    if not isinstance(state, dict) or not all(isinstance(state.get(k), dict) for k in ('model', 'config', 'training')):
         raise CheckpointError(f'{stem}.pt is not a FELA checkpoint: no model, config and training in it')
     return state, manifest
 

@@ -13,6 +13,7 @@ The same command again checks every byte of what is there, and makes it anew onl
 """
 import concurrent.futures
 import contextlib
+import errno
 import gzip
 import hashlib
 import itertools
@@ -158,9 +159,15 @@ class TokenData:
             self.verify()
 
     def verify(self):
-        """Compare every byte with the sha256 in meta.json."""
+        """Compare every byte with the sha256 in meta.json, every token with the vocabulary."""
         if hashlib.sha256(self.tokens).hexdigest() != self.meta['splits'][self.split]['sha256']:
             raise DataError(f'{self.path} is damaged (its sha256 is not as in meta.json): {_remake(self.data_dir)}')
+        self._check_tokens(self.tokens)
+
+    def _check_tokens(self, tokens):
+        if tokens.max() >= self.meta['vocab_size']:
+            raise DataError(f'{self.path} has token {tokens.max()}, expected less than {self.meta["vocab_size"]}: '
+                            f'{_remake(self.data_dir)}')
 
     def batch(self, position, n):
         """Windows position .. position+n-1 of the endless stream of epochs: x, y (n, block_size) int64, y one later."""
@@ -174,9 +181,7 @@ class TokenData:
             windows += self._order[i:i + n - len(windows)].tolist()
         T = self.block_size
         rows = np.stack([self.tokens[w * T:w * T + T + 1] for w in windows]).astype(np.int64)        # (n, T+1)
-        if rows.max() >= self.meta['vocab_size']:
-            raise DataError(f'{self.path} has token {rows.max()}, expected less than {self.meta["vocab_size"]}: '
-                            f'{_remake(self.data_dir)}')
+        self._check_tokens(rows)
         return rows[:, :-1].copy(), rows[:, 1:].copy()
 
 
@@ -225,8 +230,9 @@ def compressed_bpb(data_dir, split='val'):
     text = read_bytes(data_dir, split)
     sizes = {'gzip': len(gzip.compress(text, 9))}
     with contextlib.suppress(ImportError):                      # some builds of Python lack it
-        import lzma
-        sizes['xz'] = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+        import lzma                                             # -9e, with no larger dictionary than the text needs
+        best = {'id': lzma.FILTER_LZMA2, 'preset': 9 | lzma.PRESET_EXTREME, 'dict_size': min(max(4096, len(text)), 1 << 26)}
+        sizes['xz'] = len(lzma.compress(text, filters=[best]))
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
@@ -371,7 +377,9 @@ def make(config, wait=False):
         if _made(out_dir, recipe):                              # by another process, while this one waited
             return load_meta(out_dir)
         for path in files.values():
-            cleaning.callback(lambda path=path: os.path.exists(path) and os.unlink(path))
+            clean = lambda path=path: os.path.lexists(path) and os.unlink(path)
+            clean()                                             # of a killed one, or a link that somebody left there
+            cleaning.callback(clean)
         run, worker = map, (tok.name, config['separate'])
         if processes > 1:
             pool = concurrent.futures.ProcessPoolExecutor(processes, mp.get_context('spawn'), _start, worker)
@@ -459,7 +467,8 @@ def _lock(path, wait):
         while True:                                             # until what is locked still has this name: the one
             try:                                                # before removes it, and the folder if it is empty
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                f = files.enter_context(open(path, 'a+', errors='replace'))
+                f = files.enter_context(open(path, 'a+', errors='replace', opener=lambda path, flags: os.open(
+                    path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)))                # it is emptied
                 if fcntl:
                     fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 if not fcntl or os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
@@ -469,6 +478,10 @@ def _lock(path, wait):
             except BlockingIOError:
                 f.seek(0)
                 raise OSError(f'it is being prepared by process {f.read(100) or "?"}') from None
+            except OSError as e:
+                if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+                fcntl = None                                    # a file system without locks
         try:
             f.truncate(0)
             f.write(f'{os.getpid()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}')

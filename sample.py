@@ -60,6 +60,15 @@ except ValueError:
     stops = None
 if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
     stops = [stop] if stop else []
+
+
+def one_line(kind, error, trace):
+    if issubclass(kind, (RuntimeError, MemoryError)):  # weights that are not finite, a device without memory
+        die(f'{out_dir} on {device}: {str(error) or kind.__name__}', code=1)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = one_line
 for name in ('SIGINT', 'SIGPIPE'):  # Ctrl-C, or a reader that has seen enough (head): end quietly
     if hasattr(signal, name):
         signal.signal(getattr(signal, name), signal.SIG_DFL)

@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from types import SimpleNamespace
@@ -115,6 +115,8 @@ def one_line(kind, error, trace):
             f'--checkpoint_activations=True', code=1)
     if issubclass(kind, KeyboardInterrupt):
         die('interrupted before the first step', code=130)
+    if ddp and ('gloo' in str(error) or issubclass(kind, dist.DistError)):
+        die(f'rank {rank} of {world} has lost another one: {str(error)[:200]}', code=1)
     sys.__excepthook__(kind, error, trace)
 
 
@@ -199,6 +201,7 @@ log(f'{model.num_parameters():,} parameters | {data_dir}: {len(train_data.tokens
     f'{micro_batch_size} x {world} rank{"s" * (world > 1)} x {accumulation} accumulated')
 if ddp:
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo')
+    sys.excepthook = one_line  # torch has wrapped it, and would swallow the line
 
 # what a resumed run must know besides weights, optimizers and loss scale. position: windows read so far, by all ranks;
 # warm: progress at the end of warmup; bad: skipped steps in a row; mean, var: of the loss, over the last 50 steps or so
@@ -265,6 +268,9 @@ if resume:
             scaler.load_state_dict(state['scaler'])
         torch.set_rng_state(state['training'].pop('rng'))
         run = SimpleNamespace(**{name: state['training'][name] for name in vars(run)})
+        wrong = {k: v for k, v in vars(run).items() if k != 'best_val' and not isinstance(v, (int, float))}
+        if wrong:
+            raise TypeError(f'expected numbers, found {wrong}')
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
         die(f'{resume} is no checkpoint that train.py wrote, or of another version: {type(e).__name__}: {e}')
     if manifest['final'] and progress() >= 1:
@@ -291,9 +297,9 @@ if wandb_log and master:
         die('wandb_log=True needs wandb: pip install wandb')
     wandb.init(project=wandb_project, name=wandb_run_name or None, config=config)
 if compile == 'on':
-    for block in model.blocks:  # layers of a kind share their code, so this takes seconds, not minutes
-        block.compile(dynamic=False)
-net = DistributedDataParallel(model, device_ids=[index] if device_type == 'cuda' else None, broadcast_buffers=False,
+    model.compile_blocks()
+sync = 'forward_sync_buffers' if torch.__version__ >= (2, 13) else 'broadcast_buffers'  # ours are constants
+net = DistributedDataParallel(model, device_ids=[index] if device_type == 'cuda' else None, **{sync: False},
                               gradient_as_bucket_view=True) if ddp else model
 
 
@@ -316,13 +322,17 @@ def learning_rate_now():
 
 
 @torch.no_grad()
-def evaluate(tokens):
-    """Loss in nats and bits per byte over the first windows of the validation order, each rank its part."""
+def evaluate(tokens, breakable=False):
+    """Loss in nats and bits per byte over the first windows of the validation order, each rank its part. The last
+    evaluation is long: a signal breaks it off, and the loss is -inf, on all ranks."""
     count = min(val_data.n_windows, max(1, tokens // block_size)) if tokens else val_data.n_windows
     first, last = count * rank // world, count * (rank + 1) // world
     total = torch.zeros((), dtype=torch.float64)
     model.eval()
     for i in range(first, last, micro_batch_size):
+        if breakable and signals:
+            total -= math.inf
+            break
         with autocast:
             _, losses = model(*get_batch(val_data, i), reduction='none')
         total += losses[:last - i].cpu().double().sum()
@@ -352,7 +362,7 @@ def metric(**values):
 @torch.no_grad()
 def save(final=False, **losses):
     """True when the checkpoint is on the disk and verified. Rank 0 writes, and only weights that give a finite loss."""
-    global last_save
+    global last_save, saved_step
     last_save = time.perf_counter()
     if not master:
         return True
@@ -367,10 +377,11 @@ def save(final=False, **losses):
                 'losses': finite({'train': run.mean, 'val': None} | losses)}
     try:
         log(f'saved {save_checkpoint(out_dir, run.step, state, manifest, final, keep_checkpoints)}')
+        saved_step = run.step
         return True
     except CheckpointError as e:
         if on_save_error == 'stop':
-            die(e)
+            die(e, code=1)
         log(f'warning: {e}; training goes on (on_save_error=continue)')
         return False
 
@@ -384,7 +395,8 @@ def on_signal(number, frame):
         os._exit(128 + number)
     signals.append((signal.Signals(number).name, now))
     if master:
-        os.write(2, b'finishing this step, then saving; once more leaves at once\n')
+        with suppress(OSError):  # Ctrl-C ends `| tee log` too
+            os.write(2, b'finishing this step, then saving; once more leaves at once\n')
 
 
 for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
@@ -396,7 +408,8 @@ model.train()
 flops_per_token = model.flops_per_token(block_size)
 peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None) \
     if device_type == 'cuda' and dtype != 'float32' else None
-stopping, first_step, last_save = False, run.step, time.perf_counter()
+stopping, val, first_step, last_save = False, None, run.step, time.perf_counter()
+saved_step = run.step if resume else None
 clock = last_save - run.elapsed
 timed_tokens = timed_seconds = 0  # since the last log line, without evaluations, checkpoints, this process's first step
 x, y = get_batch(train_data, run.position + rank * micro_batch_size)
@@ -481,13 +494,15 @@ while progress() < 1 and not stopping:
         save(val=val)
 
 # -- the end: stopped by a signal, or the whole validation split and a sample
+if not stopping:
+    loss, bpb = evaluate(final_eval_tokens, breakable=True)
+    stopping = loss == -math.inf
 if stopping:
-    if not save(val=val):
+    if run.step != saved_step and not save(val=val):
         die(f'stopped at step {run.step}, not saved', code=1)
     log(f'stopped by {signals[0][0] if signals else "a signal"} at step {run.step}; the same command '
         + 'with --init_from=resume ' * (init_from != 'auto' or overwrite) + 'goes on from there')
 else:
-    loss, bpb = evaluate(final_eval_tokens)
     metric(tokens=run.tokens, final_val_loss=loss, final_val_bpb=bpb, elapsed=run.elapsed)
     if not save(final=True, final_val=loss, final_val_bpb=bpb):
         die('the last checkpoint is not saved', code=1)

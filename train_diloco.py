@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import configure
-from model import FELA, CheckpointError, FELAConfig, load_checkpoint, save_checkpoint
+from model import FELA, CheckpointError, FELAConfig, load_checkpoint, open_folder, save_checkpoint
 from prepare import DataError, TokenData, ensure_pysrc, get_tokenizer
 
 
@@ -77,8 +77,8 @@ round_seconds = 0.0  # a worker that computed for so long ends its round with fe
 warmup_rounds = 0  # first rounds of plain data parallel: gradients averaged in every step
 micro_batch_size = 8  # sequences per forward pass
 # outer optimizer
-outer_lr = 0.0  # 0: by the number of workers, 0.6 for up to 4, 0.8 from 8 on
-outer_momentum = 0.9  # Nesterov; 0: off
+outer_lr = 0.8  # with momentum 0.8 better than 0.6 and 0.9 for 2, 4 and 8 workers (results/diloco/learning.md)
+outer_momentum = 0.8  # Nesterov; 0: off
 outer_dtype = 'bf16'  # fp32, bf16: of pseudo-gradients on the wire
 # inner optimizer
 optimizer = 'adamw'  # adamw, muon (matrices by Muon, the rest by AdamW)
@@ -155,18 +155,17 @@ def one_line(kind, error, trace):
 sys.excepthook = one_line
 
 # -- check the knobs
-for key, allowed in {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd', 'constant'), 'outer_dtype': ('fp32', 'bf16'),
-                     'compile': ('auto', 'on', 'off'), 'dtype': ('auto', 'float32', 'bfloat16')}.items():
-    if config[key] not in allowed:
-        leave(f'{key}={config[key]!r}: expected one of {", ".join(allowed)}', 2)
-for low, high, keys in ((1, math.inf, 'block_size H batch_tokens micro_batch_size keep_snapshots snapshot_rounds '
-                                      'upload_rounds s3_keep timeout'),
-                        (5, 5000, 's3_part_mb'), (0, 1, 'outer_momentum decay_frac min_lr_frac beta1 beta2'),
-                        (0, math.inf, 'max_tokens max_rounds round_tokens round_seconds warmup_rounds outer_lr learning_rate '
-                                      'warmup_iters weight_decay grad_clip eval_rounds eval_tokens final_eval_tokens seed')):
+for key, allowed in (('optimizer', 'adamw muon'), ('schedule', 'cosine wsd constant'), ('outer_dtype', 'fp32 bf16'),
+                     ('compile', 'auto on off'), ('dtype', 'auto float32 bfloat16')):
+    if config[key] not in allowed.split():
+        leave(f'{key}={config[key]!r}: expected one of {allowed}', 2)
+for keys, low, high in (('block_size H batch_tokens micro_batch_size keep_snapshots snapshot_rounds upload_rounds s3_keep timeout',
+                         1, math.inf), ('s3_part_mb', 5, 5000), ('outer_momentum decay_frac min_lr_frac beta1 beta2', 0, 1),
+                        ('max_tokens max_rounds round_tokens round_seconds warmup_rounds outer_lr learning_rate warmup_iters '
+                         'weight_decay grad_clip eval_rounds eval_tokens final_eval_tokens seed', 0, math.inf)):
     for key in keys.split():
         if not low <= config[key] <= high:
-            leave(f'{key}={config[key]}: expected at least {low}' + f' and at most {high}' * (high < math.inf), 2)
+            leave(f'{key}={config[key]}: expected {low} to {high}', 2)
 if not (max_tokens or max_rounds):
     leave('max_tokens and max_rounds are both 0: the run would never end', 2)
 if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}', run_name):
@@ -204,7 +203,8 @@ try:
     model = FELA(model_config).to(device)
 except ValueError as e:
     leave(e, 2)
-net = torch.compile(model) if compile == 'on' or compile == 'auto' and device == 'cuda' else model
+if compile == 'on' or compile == 'auto' and device == 'cuda':
+    model.compile_blocks()
 optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2))
 weights = list(model.parameters())
 config |= asdict(model_config) | {'tokenizer': tokenizer.name, 'data_sha256': train_data.meta['splits']['train']['sha256']}
@@ -226,10 +226,9 @@ theta = flat()  # the global model, one vector (P,): the same on all workers aft
 momentum = torch.zeros_like(theta)  # of the outer optimizer
 
 # what all workers know. Data is read in steps: step s is windows s * batch_tokens / block_size ... of the stream of epochs.
-# next: the first step that nobody was given; left: steps before it that a slow worker did not do. warm: progress at the end
-# of warmup; inner: inner steps so far
-run = SimpleNamespace(round=0, tokens=0, inner=0, next=0, left=[], warm=0.0)
-comm = SimpleNamespace(seconds=0.0, bytes=0, tokens=0, inner=0)  # of this process
+# next: the first step that nobody was given; left: steps before it that a slow worker did not do; inner: inner steps so far
+run = SimpleNamespace(round=0, tokens=0, inner=0, next=0, left=[])
+comm = SimpleNamespace(seconds=0.0, bytes=0, tokens=0)  # of this process
 
 
 def fingerprint():
@@ -239,18 +238,13 @@ def fingerprint():
     return digest.hexdigest()
 
 
-# -- the folder of this worker: the first that no other process of this machine holds
+# -- the folder of this worker: its own when it comes again, else the first that no other process of this machine holds
 out_dir = out_dir or os.path.join('out', run_name)
-for i in range(1000):
+for i in (local_rank, *range(1000)):
     folder = os.path.join(out_dir, f'worker_{i:02}')
-    os.makedirs(folder, exist_ok=True)
-    lock = open(os.path.join(folder, 'lock'), 'w')
-    try:
-        import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel holds it until this process ends, however it ends
+    with contextlib.suppress(CheckpointError):
+        open_folder(folder)
         break
-    except BlockingIOError:
-        lock.close()
 worker_log = open(os.path.join(folder, 'log.txt'), 'a', buffering=1)
 
 
@@ -333,7 +327,6 @@ class S3:
             from botocore.exceptions import BotoCoreError, ClientError
         except ImportError:
             leave('s3_bucket needs boto3: pip install boto3', 2)
-        self.refused = ClientError
         self.errors = BotoCoreError, ClientError, boto3.exceptions.Boto3Error, OSError, ValueError, KeyError
         self.client = boto3.client('s3', config=Config(connect_timeout=5, read_timeout=60, s3={'addressing_style': 'path'},
                                                        retries={'mode': 'adaptive', 'total_max_attempts': 4}))
@@ -358,8 +351,8 @@ class S3:
         """What is there then: ours, or what somebody put there before. (Of two at the same time both may be told ours.)"""
         try:
             self.do('put_object', key, Body=body, IfNoneMatch='*')
-        except self.refused as e:
-            if e.response['ResponseMetadata']['HTTPStatusCode'] not in (409, 412):
+        except self.errors as e:
+            if getattr(e, 'response', {}).get('ResponseMetadata', {}).get('HTTPStatusCode') not in (409, 412):
                 raise
         return json.loads(self.do('get_object', key)['Body'].read(1 << 24))
 
@@ -423,15 +416,13 @@ class S3:
 
     def work(self):
         while name := self.queue.get():
-            while True:
+            while self.queue.empty() or not self.queue.queue[0]:  # until a newer one is there
                 try:
                     self.upload(name)
                     break
                 except self.errors as e:
                     log(f'warning: upload of {os.path.basename(name)} failed and is tried again: {self.why(e)}')
                     time.sleep(5)
-                if self.queue.qsize() and self.queue.queue[0]:  # a newer one
-                    break
             for ext in ('.pt', '.json'):
                 os.remove(name + ext)
 
@@ -465,6 +456,7 @@ except CheckpointError as e:
         log(f'warning: {e}')
 together('forming the group', 0, lambda: dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo',
                                                                  timeout=timedelta(seconds=timeout)))
+sys.excepthook = one_line  # torch has wrapped it, and would swallow the line
 there = gather('forming the group', {'config': shared, 'round': run.round, 'name': f'worker {rank} ({socket.gethostname()})'})
 right = max(there, key=lambda w: w['round'])
 for key, other in ((key, other) for key in sorted(shared) for other in there):
@@ -493,19 +485,19 @@ if len(set(hashes)) > 1:
 load_theta()
 
 
-def progress(more=0):
-    """0 to 1, by the budget that is used up most"""
-    return max((run.tokens + more) / max_tokens if max_tokens else 0, run.round / max_rounds if max_rounds else 0)
+def progress(steps=0):
+    """0 to 1, by the budget that is used up most, after so many steps of this round"""
+    return max((run.tokens + steps * world * batch_tokens) / max_tokens if max_tokens else 0,
+               run.round / max_rounds if max_rounds else 0)
 
 
 def learning_rate_now(done):
     """The schedule of train.py, after `done` steps of this round; tokens are counted as if all workers were as fast."""
-    at = lambda steps: min(1, progress(steps * world * batch_tokens))
     if run.inner + done < warmup_iters:
         return learning_rate * (run.inner + done + 1) / (warmup_iters + 1)
-    if run.inner <= warmup_iters:
-        run.warm = at(warmup_iters - run.inner)
-    part = (at(done) - run.warm) / max(1 - run.warm, 1e-9)
+    warm = max(warmup_iters * world * batch_tokens / max_tokens if max_tokens else 0,
+               warmup_iters // H / max_rounds if max_rounds else 0)
+    part = (min(1, progress(done)) - warm) / max(1 - warm, 1e-9)
     shape = {'constant': 1, 'cosine': 0.5 * (1 + math.cos(math.pi * part)), 'wsd': min(1, (1 - part) / (decay_frac or 1e-9))}
     return learning_rate * (min_lr_frac + (1 - min_lr_frac) * shape[schedule])
 
@@ -523,7 +515,7 @@ def evaluate(tokens):
     model.eval()
     for i in range(first, last, micro_batch_size):
         with autocast:
-            _, losses = net(*get_batch(val_data, i), reduction='none')
+            _, losses = model(*get_batch(val_data, i), reduction='none')
         total += losses[:last - i].cpu().double().sum()
     model.train()
     loss = all_reduce('evaluation', total.to(device)).item() / (count * block_size)
@@ -537,7 +529,7 @@ def inner_step(step, lr, plain):
     loss = 0.0
     for micro in range(accumulation):
         with autocast:
-            _, micro_loss = net(*get_batch(train_data, (step * accumulation + micro) * micro_batch_size))
+            _, micro_loss = model(*get_batch(train_data, (step * accumulation + micro) * micro_batch_size))
         (micro_loss / accumulation).backward()
         loss = loss + micro_loss.detach() / accumulation
     if plain and world > 1:
@@ -598,14 +590,14 @@ while progress() < 1:
     if plain:
         theta.copy_(local)
     else:
-        weight, lr = counts[rank] / sum(counts), outer_lr or min(0.8, max(0.6, 0.6 + 0.05 * (world - 4)))
+        weight = counts[rank] / sum(counts)
         pseudo = (theta.double() - local) * weight if weight else torch.zeros_like(theta)
         if world > 1:
             wire = torch.bfloat16 if outer_dtype == 'bf16' else torch.float32
             pseudo = all_reduce('averaging pseudo-gradients', pseudo.to(wire))
         # SGD with Nesterov momentum; in double, so that lr 1 without momentum gives the weights back to the last bit
         momentum.mul_(outer_momentum).add_(pseudo)
-        theta.copy_(theta.double() - lr * (pseudo.double() + outer_momentum * momentum))
+        theta.copy_(theta.double() - outer_lr * (pseudo.double() + outer_momentum * momentum))
         del pseudo
     if not counts[rank]:  # and what made them so
         print(f'  worker {rank}: weights not finite, left out of this round; its optimizer starts anew', file=worker_log)
@@ -613,8 +605,6 @@ while progress() < 1:
             opt.state.clear()
     load_theta()
     read = [step for i, w in enumerate(report) for step in dealt[i * steps:i * steps + w['done']]]
-    if run.inner <= warmup_iters:
-        learning_rate_now(warmup_iters)  # sets run.warm, from what all workers know
     run.left, run.next, run.round = sorted(set(dealt) - set(read)), run.next + fresh, run.round + 1
     run.tokens, run.inner = run.tokens + len(read) * batch_tokens, run.inner + max(w['done'] for w in report)
     hashes = gather('comparing hashes', fingerprint())
@@ -625,7 +615,7 @@ while progress() < 1:
     if s3 and path and run.round - offered >= upload_rounds:
         s3.offer(path)
         offered = run.round
-    comm.tokens, comm.inner = comm.tokens + done * batch_tokens, comm.inner + done
+    comm.tokens += done * batch_tokens
     seconds, mean = time.perf_counter() - start, sum(w['loss'] for w in report) / len(read)
     talking = comm.seconds - comm_start - waiting
     log(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {mean:.4f} | {world} workers | '
@@ -648,9 +638,8 @@ while progress() < 1:
 loss, bpb = evaluate(final_eval_tokens)
 log(f'{run.round:,} rounds, {run.tokens:,} tokens: validation loss {loss:.4f}, {bpb:.4f} bits per byte')
 if comm.tokens and world > 1:
-    plain = comm.inner * theta.nbytes / comm.tokens
-    log(f'communication of this process: {comm.bytes / comm.tokens:.3f} bytes a token, where data parallel takes {plain:.3f}: '
-        f'{plain * comm.tokens / comm.bytes:.1f} times less')
+    mine, plain = comm.bytes / comm.tokens, theta.nbytes / batch_tokens
+    log(f'communication of this process: {mine:.3f} bytes a token, where data parallel takes {plain:.3f}: {plain / mine:.1f} times less')
 if rank == 0:
     path = snapshot(out_dir, final=True, val=loss, val_bpb=bpb)
     log(f'saved {path}' if path else 'the last snapshot is not saved')

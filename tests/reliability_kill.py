@@ -1,10 +1,12 @@
 """kill -9 a training run at random instants while it writes checkpoints: python tests/reliability_kill.py [kills [seed [seconds]]]
 
 Each restart must go on from a whole checkpoint, not older than the last one that was reported as saved; nothing piles
-up; and in the end the run has the weights, bit for bit, of one that was never killed. Prints the figures."""
+up; and in the end the run has the weights, bit for bit, of one that was never killed. Prints the figures; a time limit
+(the third number, Ctrl-C, or `timeout --foreground`) only ends it earlier: pieces with other seeds add up."""
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -17,11 +19,10 @@ from runs import Run, make_data, start, train
 ARGS = ['--schedule=constant', '--save_interval=1', '--eval_interval=7', '--keep_checkpoints=2', '--log_interval=5']
 
 
-def kill_many(folder, kills, seed=0, extra=(), seconds=1e9):
+def kill_many(folder, kills, seed=0, extra=(), go_on=lambda: True):
     rng, counts, reported, resumed, files = random.Random(seed), Counter(), 0, 0, 0
     args = ['--dataset=' + make_data(folder), *ARGS, *extra]
-    end = time.monotonic() + seconds
-    while counts['kills'] < kills and time.monotonic() < end:
+    while counts['kills'] < kills and go_on():
         counts['kills'] += 1
         run = start(folder, *args, '--max_iters=1000000')
         if rng.random() < 0.8:  # mostly while it trains and saves, sometimes while it starts
@@ -60,8 +61,10 @@ def kill_many(folder, kills, seed=0, extra=(), seconds=1e9):
 if __name__ == '__main__':
     kills, seed, seconds = ([int(arg) for arg in sys.argv[1:]] + [200, 0, 10 ** 9][len(sys.argv) - 1:])
     with tempfile.TemporaryDirectory() as folder:
-        begin = time.time()
-        counts = kill_many(folder, kills, seed, ['--n_embd=64'], seconds)
+        begin, signals = time.time(), []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: signals.append(number))
+        counts = kill_many(folder, kills, seed, ['--n_embd=64'], lambda: not signals and time.time() < begin + seconds)
         print(f'{counts["kills"]} kills in {time.time() - begin:.0f} s, {Run.count} processes; all restarts went on from '
               'the last checkpoint reported as saved or a newer one; final weights equal those of a run never killed')
         for name, count in counts.items():

@@ -7,11 +7,12 @@ import resource
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, REPO)
+import prepare  # noqa: E402
 TINY = ('--pattern=SSSL --n_layer=4 --n_embd=16 --n_head=2 --n_modes=16 --block_size=32 --micro_batch_size=4 '
         '--batch_tokens=256 --max_seconds=0 --optimizer=adamw --learning_rate=2e-3 --schedule=cosine --warmup_iters=3 '
         '--min_lr_frac=0.1 --log_interval=1 --eval_interval=5 --eval_tokens=512 --final_eval_tokens=512 '
@@ -19,7 +20,7 @@ TINY = ('--pattern=SSSL --n_layer=4 --n_embd=16 --n_head=2 --n_modes=16 --block_
 
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(['torch', 'torch.distributed', 'torch.nn.parallel', 'torch.utils.checkpoint',
-                                 'torch._dynamo'])
+                                 'torch._dynamo', 'model', 'prepare', 'configurator'])
 
 
 def _child(script, args, cwd, env, output, fsize, stdin):
@@ -72,7 +73,7 @@ class Run:
     def _read(self, ext):
         try:
             with open(self.output + ext, errors='replace') as file:
-                return file.read()
+                return file.read(1 << 20)
         except FileNotFoundError:
             return ''
 
@@ -154,6 +155,5 @@ def make_data(folder, name='mini', text=None):
     with open(source, 'w') as file:
         file.write(text)
     out_dir = os.path.join(str(folder), 'data', name)
-    subprocess.run([sys.executable, os.path.join(REPO, 'prepare.py'), f'--dataset={name}', f'--data_files={source}',
-                    '--tokenizer=bytes', f'--out_dir={out_dir}'], check=True, capture_output=True)
+    prepare.make(dict(dataset=name, data_files=source, tokenizer='bytes', out_dir=out_dir))
     return out_dir

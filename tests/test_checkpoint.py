@@ -1,17 +1,22 @@
 """Checkpoints survive kills, full disks and damage; what is damaged or foreign is named and never used."""
+import errno
 import glob
 import json
 import os
 import pickle
 import random
 import shutil
+import signal
 import subprocess
+import sys
 import zipfile
 
 import pytest
 import torch
 
-from model import CheckpointError, list_checkpoints, load_checkpoint, read_manifest, save_checkpoint
+import model
+from model import (CheckpointError, list_checkpoints, load_checkpoint, open_folder, read_manifest, save_checkpoint,
+                   tidy_folder)
 from reliability_kill import kill_many
 from runs import fails, make_data, metrics, start, train
 
@@ -28,6 +33,7 @@ def state(step, size=1000):
 
 
 def save(folder, step, val=None, **kwargs):
+    os.makedirs(folder, exist_ok=True)
     manifest = {'losses': {'val': val}, 'config': {}, 'tokenizer': 'bytes'}
     return save_checkpoint(str(folder), step, state(step), manifest, **kwargs)
 
@@ -49,6 +55,7 @@ def test_round_trip(tmp_path):
         assert manifest['bytes'] == os.path.getsize(path)
     save(tmp_path, 5, final=True)
     save(tmp_path, 4)
+    os.utime(tmp_path / 'step_000004.json', (2e9, 2e9))  # steps decide, no clock does
     assert [os.path.basename(p) for p in list_checkpoints(str(tmp_path))] == \
         ['step_000005_final.json', 'step_000005.json', 'step_000004.json']
     assert loaded(tmp_path) == 5 and load_checkpoint(str(tmp_path))[1]['final']
@@ -72,7 +79,6 @@ def test_retention_keeps_the_best_and_the_last(tmp_path):
 def test_nothing_is_deleted_before_the_new_one_is_verified(tmp_path, monkeypatch):
     save(tmp_path, 1)
     before = sorted(os.listdir(tmp_path))
-    import model
     real = open
 
     def lying_disk(path, mode='r', *args, **kwargs):  # gives back other bytes than it was given
@@ -81,10 +87,49 @@ def test_nothing_is_deleted_before_the_new_one_is_verified(tmp_path, monkeypatch
                 file.seek(100)
                 file.write(b'\xff\x00\xff')
         return real(path, mode, *args, **kwargs)
-    monkeypatch.setitem(vars(model)['save_checkpoint'].__globals__, 'open', lying_disk)
-    with pytest.raises(CheckpointError, match='gave back something else'):
-        save(tmp_path, 2, keep=1)
-    assert sorted(os.listdir(tmp_path)) == before and loaded(tmp_path) == 1
+    def full_disk(path, *args, **kwargs):  # the .pt just fits, its manifest does not
+        if str(path).endswith('.json.tmp'):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return real(path, *args, **kwargs)
+    for disk, says in ((lying_disk, 'gave back something else'), (full_disk, 'step_000002.json: No space left')):
+        monkeypatch.setitem(vars(model), 'open', disk)
+        with pytest.raises(CheckpointError, match=says):
+            save(tmp_path, 2, keep=1)
+        assert sorted(os.listdir(tmp_path)) == before and loaded(tmp_path) == 1
+
+
+def test_kill_at_every_line(tmp_path):
+    """kill -9 before each line of saving and of retention: the new checkpoint or the one before, the best one always."""
+    for step, val in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        save(tmp_path / 'before', step, val)
+    places = {f.__code__ for f in (save_checkpoint, model._write_whole, model._prune, model._remove)}
+    found, line, status = [], 0, 9
+    while status:  # until it lives to the end
+        line, left, folder = line + 1, line, tmp_path / 'now'
+        shutil.copytree(tmp_path / 'before', folder)
+
+        def trace(frame, event, arg):
+            nonlocal left
+            left -= event == 'line'
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace if frame.f_code in places else None
+        child = os.fork()
+        if not child:
+            try:
+                sys.settrace(trace)
+                save(folder, 4, 4.0, keep=1)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitpid(child, 0)[1]
+        assert status in (0, signal.SIGKILL)
+        found.append(loaded(folder))
+        tidy_folder(str(folder), go_on=True)
+        assert loaded(folder) == found[-1] and loaded(folder / 'step_000001.pt') == 1
+        assert len(os.listdir(folder)) == 2 * len(list_checkpoints(str(folder)))
+        shutil.rmtree(folder)
+    assert found == sorted(found) and set(found) == {3, 4} and line > 50
 
 
 def damaged_one_is_stepped_over(folder, capsys, step=2):
@@ -183,6 +228,11 @@ def test_foreign_files(tmp_path):
         (tmp_path / 'step_000001.json').write_text(text)
         with pytest.raises(CheckpointError, match='step_000001.json'):
             load_checkpoint(str(tmp_path / 'step_000001.pt'))
+    save(tmp_path, 1)
+    for ext in ('.pt', '.json'):
+        os.rename(tmp_path / f'step_000001{ext}', tmp_path / f'step_000007{ext}')
+    with pytest.raises(CheckpointError, match='misnamed: it is the manifest of step 1'):
+        load_checkpoint(str(tmp_path / 'step_000007.pt'))
     for path, says in ((tmp_path / 'no', 'no such checkpoint'), (tmp_path / 'x', 'no checkpoint there')):
         (tmp_path / 'x').mkdir(exist_ok=True)
         with pytest.raises(CheckpointError, match=says):
@@ -199,6 +249,31 @@ def test_manifest_leads_nowhere(tmp_path):
     (tmp_path / 'out' / 'step_000002.pt').unlink()
     with pytest.raises(CheckpointError, match='No such file'):
         load_checkpoint(str(tmp_path / 'out' / 'step_000002.json'))
+
+
+def test_links_lead_nowhere(tmp_path):
+    """A folder from elsewhere may hold links under the names that we write to."""
+    (tmp_path / 'precious').write_text('as it was')
+    for name in ('step_000001.pt', 'step_000001.pt.tmp', 'step_000001.json', 'step_000001.json.tmp', 'lock'):
+        os.makedirs(tmp_path / 'out', exist_ok=True)
+        os.symlink(tmp_path / 'precious', tmp_path / 'out' / name)
+        if name == 'lock':
+            with pytest.raises(OSError, match='symbolic link'):
+                open_folder(str(tmp_path / 'out'))
+        else:
+            save(tmp_path / 'out', 1)
+            assert loaded(tmp_path / 'out') == 1
+        assert (tmp_path / 'precious').read_text() == 'as it was'
+        shutil.rmtree(tmp_path / 'out')
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    import fcntl
+
+    def flock(*args):
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    assert open_folder(str(tmp_path)) == '' and 'cannot be locked' in capsys.readouterr().err
 
 
 def test_unfinished_ones_do_not_exist(tmp_path):
@@ -239,7 +314,7 @@ def test_quota_in_the_middle_of_a_checkpoint(tmp_path, data):
     """RLIMIT_FSIZE stands for a quota or a full disk: the write fails when part of the file is there."""
     train(tmp_path, data, '--max_iters=2')
     before = sorted(os.listdir(tmp_path / 'out'))
-    line = fails(tmp_path, data, '--max_iters=4', fsize=50000)
+    line = fails(tmp_path, data, '--max_iters=4', fsize=50000, code=1)
     assert 'could not write out/step_000004_final.pt: File too large; earlier checkpoints are as they were' in line
     assert sorted(os.listdir(tmp_path / 'out')) == before and loaded(tmp_path / 'out') == 2
     run = start(tmp_path, data, '--max_iters=6', '--save_interval=2', '--on_save_error=continue', fsize=50000).wait()
@@ -260,7 +335,8 @@ def test_full_disk(tmp_path, data):
     try:
         line = fails(tmp_path, data, '--max_iters=4', '--out_dir=small/a', '--n_embd=128')
         assert 'no space left' in line and 'bytes' in line  # known before the first step
-        line = fails(tmp_path, data, '--max_iters=9', '--out_dir=small/b', '--save_interval=1', '--keep_checkpoints=0')
+        line = fails(tmp_path, data, '--max_iters=9', '--out_dir=small/b', '--save_interval=1', '--keep_checkpoints=0',
+                     code=1)
         assert 'No space left on device; earlier checkpoints are as they were' in line
         assert loaded(tmp_path / 'small' / 'b') >= 1 and not glob.glob(str(tmp_path / 'small' / 'b' / '*.tmp'))
         subprocess.run(['mount', '-o', 'remount,ro', str(tmp_path / 'small')], check=True)

@@ -1,7 +1,7 @@
 """train_diloco.py as people meet it: real processes, real torchrun, a real S3 server."""
 import json
-import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,12 +9,8 @@ import socket
 import pytest
 import torch
 
-import diloco_nodes
 from diloco_nodes import TINY, Node, first_node, free_port, ledger, newest, rounds, until
-from runs import REPO, Run, fails, make_data, metrics, train
-
-# resume is not bit for bit yet and the S3 server does not come up on a loaded machine: run these by hand until both are mended
-pytestmark = pytest.mark.skipif(not os.environ.get('FELA_DILOCO'), reason='train_diloco.py is under construction: FELA_DILOCO=1')
+from runs import Run, fails, make_data, metrics, train
 
 DILOCO = [*TINY, '--out_dir=out', '--max_tokens=0']
 
@@ -70,45 +66,52 @@ def test_one_worker_with_a_plain_outer_step_is_train_py(tmp_path, data, schedule
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_rounds_are_as_published(tmp_path, data):
-    """Three workers, against the algorithm written down once more, in one process."""
+@pytest.mark.parametrize('slow', [False, True])
+def test_rounds_are_as_published(tmp_path, data, slow):
+    """Three workers, against the algorithm written down once more, in one process; also with a worker that is too slow for H steps."""
     from model import FELA, FELAConfig
     from prepare import TokenData
     H, M, R, W = 4, 3, 3, 4
-    diloco(tmp_path, M, data, f'--H={H}', f'--max_rounds={R}', '--outer_dtype=fp32', '--outer_lr=0.5', '--schedule=constant',
-           '--warmup_iters=0', '--warmup_rounds=1')
-    state = final(tmp_path)
+    diloco(tmp_path, M, data, f'--H={H}', f'--max_rounds={R}', '--outer_dtype=fp32', '--outer_lr=0.5', '--outer_momentum=0.9',
+           '--schedule=constant', '--warmup_iters=0', '--warmup_rounds=1', *['--round_seconds=0.03'] * slow,
+           each={1: ['--micro_batch_size=1']} if slow else {})
+    state, rows = final(tmp_path), rounds(tmp_path)
     torch.manual_seed(1337)
     config = state['config']
-    new = lambda: FELA(FELAConfig(vocab_size=261, n_layer=2, n_head=2, n_embd=16, n_modes=8, pattern='SL'))
-    models = [new() for _ in range(M)]
-    for m in models:
+    models = [FELA(FELAConfig(vocab_size=261, n_layer=2, n_head=2, n_embd=16, n_modes=8, pattern='SL')) for _ in range(M)]
+    for m in models[1:]:
         m.load_state_dict(models[0].state_dict())
     opts = [m.configure_optimizers('adamw', config['learning_rate'], config['weight_decay'], (0.9, 0.95))[0] for m in models]
     source = TokenData(data.partition('=')[2], 'train', 32, 1337)
     theta = [p.detach().clone() for p in models[0].parameters()]
     momentum = [torch.zeros_like(p) for p in theta]
+    left, following = [], 0
     for r in range(R):
+        dealt = left + list(range(following, following + M * H - len(left)))
+        following, done = dealt[-1] + 1, rows[r + 1]['done']
+        mine = [dealt[i * H:i * H + done[i]] for i in range(M)]
+        left = sorted(set(dealt) - set(sum(mine, [])))
         for h in range(H):
-            for i, m in enumerate(models):
-                x, y = map(torch.from_numpy, source.batch(((r * M + i) * H + h) * W, W))
-                m(x, y)[1].backward()
+            active = [i for i in range(M) if h < done[i]]
+            for i in active:
+                x, y = map(torch.from_numpy, source.batch(mine[i][h] * W, W))
+                models[i](x, y)[1].backward()
             if r == 0:  # the first round is plain data parallel
                 for ps in zip(*(m.parameters() for m in models)):
                     mean = sum(p.grad for p in ps) / M
                     for p in ps:
                         p.grad = mean.clone()
-            for m, opt in zip(models, opts):
-                for group in opt.param_groups:
+            for i in active:
+                for group in opts[i].param_groups:
                     group['lr'] = config['learning_rate'] * group['lr_scale']
-                torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
-                opt.step()
-                opt.zero_grad()
+                torch.nn.utils.clip_grad_norm_(models[i].parameters(), 1.0)
+                opts[i].step()
+                opts[i].zero_grad()
         for j, ps in enumerate(zip(*(m.parameters() for m in models))):
             if r == 0:
                 theta[j] = ps[0].detach().clone()
             else:
-                pseudo = sum(theta[j] - p.detach() for p in ps) / M
+                pseudo = sum((theta[j] - p.detach()) * n for p, n in zip(ps, done)) / sum(done)
                 momentum[j] = 0.9 * momentum[j] + pseudo
                 theta[j] = theta[j] - 0.5 * (pseudo + 0.9 * momentum[j])
             for p in ps:
@@ -116,8 +119,8 @@ def test_rounds_are_as_published(tmp_path, data):
     for (name, _), p in zip(models[0].named_parameters(), theta):
         torch.testing.assert_close(state['model'][name], p, rtol=0, atol=3e-4)  # 12 steps of up to 1e-2
     torch.testing.assert_close(state['outer'], torch.cat([m.flatten() for m in momentum]), rtol=0, atol=3e-4)
-    rows = rounds(tmp_path)
-    assert ledger(rows) == list(range(H * M * R)) and [rows[r]['workers'] for r in rows] == [3] * 3
+    assert (state['training']['left'], state['training']['next']) == (left, following) and [rows[r]['workers'] for r in rows] == [3] * 3
+    assert (left == []) != slow, 'nobody was slow'
 
 
 def test_communication_is_counted(tmp_path, data):
@@ -188,24 +191,23 @@ def test_newest_round_wins_and_a_newcomer_gets_everything(tmp_path, data):
 
 
 def test_nodes_come_and_go(tmp_path, data):
-    """kill -9 of a worker and of a node, a node joins: with real torchrun agents."""
+    """kill -9 of a worker, a node joins, kill -9 of a node: with real torchrun agents."""
     port = free_port()
     args = [*TINY, data, '--max_tokens=0', '--max_rounds=1000', '--timeout=10', '--H=20']
     nodes = []
     def progress(workers):
         before = newest(tmp_path)
-        until(lambda: any(row['workers'] == workers for r, row in rounds(tmp_path).items() if r > before + 1), 120, nodes)
+        until(lambda: any(row['workers'] == workers for r, row in rounds(tmp_path).items() if r > before + 1), 240, nodes)
     try:
-        for name in 'abc':
+        for name in 'ab':
             nodes.append((Node if nodes else first_node)(tmp_path, name, port, [*args, f'--out_dir={name}']))
-        progress(3)
-        nodes[1].signal(signal.SIGKILL, everything=False)
-        progress(3)
-        nodes[2].kill()
         progress(2)
-        shutil.rmtree(tmp_path / 'c')
-        nodes[2] = Node(tmp_path, 'c', port, [*args, '--out_dir=c'])
+        nodes[1].signal(signal.SIGKILL, everything=False)
+        progress(2)
+        nodes.append(Node(tmp_path, 'c', port, [*args, '--out_dir=c']))
         progress(3)
+        nodes[1].kill()
+        progress(2)
     finally:
         for node in reversed(nodes):
             node.kill()
@@ -250,8 +252,8 @@ def test_workers_that_differ(tmp_path, data):
         runs = diloco(tmp_path, 3, data, '--max_rounds=2', each=each, code=2)
         assert len(set(errors(runs))) == 1 and all(part in errors(runs)[0] for part in parts), errors(runs)
     diloco(tmp_path, 2, data, '--max_rounds=2')  # a run that goes on: only whoever differs is sent away for good
-    runs = [run.wait(400) for run in start(tmp_path, 3, data, '--max_rounds=4', each={2: ['--outer_momentum=0.8', '--out_dir=far']})]
-    assert [run.code for run in runs] == [1, 1, 2] and 'outer_momentum is 0.8 on worker 2' in errors(runs)[2]
+    runs = [run.wait(400) for run in start(tmp_path, 3, data, '--max_rounds=4', each={2: ['--outer_momentum=0.7', '--out_dir=far']})]
+    assert [run.code for run in runs] == [1, 1, 2] and 'outer_momentum is 0.7 on worker 2' in errors(runs)[2]
     assert newest(tmp_path) == 2
 
 
@@ -267,7 +269,7 @@ def swift(tmp_path_factory):
     except CannotInstall as e:
         pytest.skip(f'no S3 server here: {e}')
     try:
-        server.client().create_bucket(Bucket='runs')
+        server.create_bucket('runs')
         yield server
     finally:
         server.stop()
@@ -291,6 +293,12 @@ def test_s3_upload_prune_resume(tmp_path, data, swift):
         head = swift.client().head_object(Bucket='runs', Key=f'one/{name.partition("/")[0]}/{manifest["sha256"]}.pt')
         assert head['Metadata']['sha256'] == manifest['sha256'] and head['ContentLength'] == manifest['bytes'] > 6 << 20
         assert '-' in head['ETag'], 'not in parts'
+    with open(os.path.join(swift.folder, 'proxy.log')) as file:  # what exists is whole: its manifest comes last and goes first
+        log = re.findall(r'(PUT|DELETE) \S*/runs/one/(round_\d+)/([^\s?]+)', file.read())
+    for n, (verb, name, file) in enumerate(log):
+        if file == 'manifest.json':
+            assert verb not in [v for v, r, f in (log[n:] if verb == 'PUT' else log[:n]) if r == name and f != file], log
+    assert {verb for verb, _, _ in log} == {'PUT', 'DELETE'}, log
     # all disks are lost
     shutil.rmtree(tmp_path / 'out')
     runs = diloco(tmp_path, 3, *args, '--max_rounds=6', env=swift.env)

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import types
 
@@ -84,7 +85,7 @@ class Unigram:
     """The same distribution whatever came before."""
 
     def __init__(self, weights):
-        self.log_weights = torch.tensor(weights, dtype=torch.float64).log()
+        self.log_weights = torch.tensor(np.log(np.array(weights) / np.sum(weights)))
 
     def init_state(self, batch_size):
         return []
@@ -138,13 +139,10 @@ def test_known_scores_of_a_unigram_model(gpt2, knobs, monkeypatch, tmp_path, cap
     found = {task: {k: v for k, v in scores.items() if isinstance(v, float)} for task, scores in results.items()}
     assert round(found['wikitext']['word_perplexity'], 4) == 25415.2275
     assert round(found['wikitext']['bits_per_byte'], 5) == 2.73652
-    assert {task: round(found[task]['acc'], 4) for task in ('boolq', 'piqa', 'winogrande')} == {
-        'boolq': 0.3783, 'piqa': 0.5201, 'winogrande': 0.4957}
-    assert round(found['piqa']['acc_norm'], 4) == 0.5016 and round(found['arc_easy']['acc_norm'], 4) == 0.2609
+    assert {task: round(found[task]['acc'], 4) for task in ('arc_easy', 'boolq', 'piqa', 'winogrande')} == {
+        'arc_easy': 0.2605, 'boolq': 0.3783, 'piqa': 0.5201, 'winogrande': 0.4957}
+    assert [round(found[task]['acc_norm'], 4) for task in ('piqa', 'arc_easy')] == [0.5016, 0.2609]
     assert round(found['boolq']['majority'], 3) == 0.622
-    assert abs(found['arc_easy']['acc'] - 0.2605) < 3 / 2376
-    if round(found['arc_easy']['acc'], 4) != 0.2605:  # answers of the same tokens in another order: equal but for rounding
-        pytest.xfail(f"arc_easy acc {found['arc_easy']['acc']:.4f}, known 0.2605: one or two of 2,376 documents tie")
 
 
 # --------------------------------------------------------------------------------------------------------- the adapter
@@ -292,19 +290,18 @@ def test_needle_sees_success_and_failure(tiny, knobs):
 
 
 def test_make_passkey(tmp_path):
-    evaluate(tmp_path, '--make_passkey=data/passkey', '--passkey_documents=200', '--passkey_length=200')
+    evaluate(tmp_path, '--make_passkey=data/passkey', '--passkey_length=200')
     meta = load_meta(str(tmp_path / 'data' / 'passkey'))
-    tokens = np.fromfile(tmp_path / 'data' / 'passkey' / 'train.bin', np.uint16)
+    tokens = np.fromfile(tmp_path / 'data' / 'passkey' / 'val.bin', np.uint16)
     assert meta['tokenizer'] == 'bytes' and (np.diff(np.flatnonzero(tokens == 256)) == 200).all()
-    for document in get_tokenizer('bytes').decode(tokens).split('<|endoftext|>'):
-        for part in document.split(ev.QUESTION)[1:]:
-            assert document.split(ev.QUESTION + part)[0].rindex(f'{part[1:6]} is the pass key. ') >= 0
-        assert ev.QUESTION in document
+    for document in get_tokenizer('bytes').decode(tokens).split('<|endoftext|>')[1:-1]:
+        keys = re.findall(r' (\d{5})', document)
+        assert len(keys) > 1 and len(set(keys)) == 1 and ev.NEEDLE.format(keys[0]) in document
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
 
-QUICK = ['--suite=speed', '--repetitions=2', '--decode_tokens=2', '--out=speed']
+QUICK = ['--suite=speed', '--repetitions=2', '--out=speed']
 
 
 def test_speed_keeps_finished_cells_and_draws_them_again(checkpoint):

@@ -62,6 +62,6 @@ def test_damage_beside_the_checkpoints(tmp_path, data):
 
     from model import load_checkpoint, save_checkpoint
     state, manifest = load_checkpoint(str(out))
-    for name, change in (('rng', {'training': {}}), ('optimizer', {'optimizer': None}), ('w', {'model': {'w': 3}})):
+    for change in ({'training': {}}, {'optimizer': None}, {'model': {'w': 3}}, {'training': state['training'] | {'mean': 'x'}}):
         save_checkpoint(str(out), 9, state | change, manifest)
         assert 'step_000009.pt is no checkpoint that train.py wrote' in fails(tmp_path, data, '--max_iters=20')

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from runs import REPO, TINY, fails, make_data, metrics, start, train, train_ranks, values
+from runs import REPO, TINY, Run, fails, make_data, metrics, start, train, train_ranks, values
 
 
 @pytest.fixture(scope='module')
@@ -109,9 +109,10 @@ def test_resume_is_exact(tmp_path, data, optimizer, dtype):
     assert same_run(weights(tmp_path / 'a', 'step_000016_final'), weights(tmp_path / 'b', 'step_000016_final'))
     for key in ('loss', 'lr', 'grad_norm', 'val_loss', 'final_val_loss'):
         assert metrics(tmp_path / 'a', key) == metrics(tmp_path / 'b', key)
-    train(tmp_path, *args, '--out_dir=c', '--eval_interval=0')
-    a, c = (weights(tmp_path / name, 'step_000016_final') for name in 'ac')
-    assert same_run(a, c, but=('elapsed', 'best_val'))
+    if optimizer == 'adamw' and dtype == 'float32':
+        train(tmp_path, *args, '--out_dir=c', '--eval_interval=0')
+        a, c = (weights(tmp_path / name, 'step_000016_final') for name in 'ac')
+        assert same_run(a, c, but=('elapsed', 'best_val'))
 
 
 def test_two_ranks_equal_one(tmp_path, data):
@@ -153,6 +154,8 @@ def test_resume_is_exact_with_two_ranks(tmp_path, data, optimizer, dtype):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_stop_saves(tmp_path, data, number):
     args = (data, '--max_iters=3000', '--log_interval=1')
+    if number == signal.SIGINT:  # nobody reads stderr any more: Ctrl-C ends `| tee log` too
+        os.symlink('/dev/full', tmp_path / f'run{Run.count + 1}.err')
     run = start(tmp_path, *args).until('step      3').kill(number).wait()
     assert run.code == 0 and f'stopped by {number.name} at step' in run.out and 'goes on from there' in run.out
     step = max(metrics(tmp_path / 'out', 'loss'))
@@ -160,6 +163,33 @@ def test_stop_saves(tmp_path, data, number):
     run = start(tmp_path, *args).until(f'step {step + 1:6}').kill(number).kill(number).wait()
     assert run.code in (0, 128 + number) and f'going on from out/step_{step:06d}.pt' in run.out
     assert torch.load(tmp_path / 'out' / f'step_{step:06d}.pt', weights_only=True)['training']['step'] == step
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_stop_in_the_last_evaluation(tmp_path, ranks):
+    """The whole validation split takes long: a signal breaks it off, and the same command evaluates again."""
+    args = ('--dataset=' + make_data(tmp_path, text='some words, a number: 123\n' * 12000), '--max_iters=4',
+            '--eval_interval=0', '--final_eval_tokens=0', '--micro_batch_size=1')
+    for said, then in (('step      4', 'saved out/step_000004.pt'), ('going on from out/step_000004.pt', 'stopped')):
+        runs = train_ranks(tmp_path, 2, *args, code=None) if ranks == 2 else [start(tmp_path, *args)]
+        runs[0].until(said)
+        time.sleep(0.1)
+        runs[-1].kill(signal.SIGTERM)
+        assert [run.wait().code for run in runs] == [0] * ranks, runs[0].err
+        assert then in runs[0].out and 'at step 4; the same command goes on' in runs[0].out, runs[0].out
+        assert sorted(os.listdir(tmp_path / 'out'))[2:] == ['step_000004.json', 'step_000004.pt']
+    train(tmp_path, *args, '--final_eval_tokens=512')
+    assert 4 in metrics(tmp_path / 'out', 'final_val_loss')
+
+
+def test_a_rank_is_killed(tmp_path, data):
+    runs = train_ranks(tmp_path, 2, data, '--max_iters=3000', '--save_interval=2', code=None)
+    runs[0].until('saved')
+    runs[1].kill()
+    run = runs[0].wait()
+    assert run.code == 1 and 'error: rank 0 of 2 has lost another one' in run.err and 'Traceback' not in run.err
+    again = start(tmp_path, data, '--max_iters=3000').until('step  ').kill().wait()
+    assert 'going on from out/step_' in again.out
 
 
 def test_all_ranks_stop_at_the_same_step(tmp_path, data):

@@ -422,7 +422,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         part = 256 if x.device.type == 'cpu' else rows  # the softmax of this many rows stays in cache
         buffer = x.new_empty(min(N, rows), weight.shape[0])
         dx = torch.empty_like(x) if need_x else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
+        dw = None
         total, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum().clamp(min=1)
         for start in range(0, N, rows):
             xs, ys = x[start:start + rows], targets[start:start + rows].unsqueeze(1)
@@ -432,15 +432,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(xs[i:i + part], w.t(), out=ei)
                 ei[:, vocab_size:] = -math.inf
                 top, picked = ei.amax(-1, keepdim=True), ei.gather(-1, yi.clamp(min=0))
-                s = ei.sub_(top).exp_().sum(-1, keepdim=True, dtype=torch.float32)
+                s = unflatten(ei.sub_(top).exp_(), -1, (-1, 64)).sum(-1).sum(-1, keepdim=True, dtype=torch.float32)  # no fp32 copy
                 total += (s.log() - (picked.float() - top.float())).masked_fill_(yi < 0, 0).sum()
                 if need_x or need_w:  # gradient of the logits: e / s - onehot = (e - s onehot) / s, the 1 / s on the side of C
-                    ei.scatter_add_(-1, yi.clamp(min=0), -s.to(ei.dtype))
+                    at = torch.arange(len(ei), device=x.device), yi.squeeze(1).clamp(min=0)
+                    ei[at] = ei[at] - s.squeeze(1).to(ei.dtype)  # scatter_add_ would copy all of ei
                     inv[i:i + part] = (1 / s).masked_fill_(yi < 0, 0)
             if need_x:
                 dx[start:start + rows] = (e @ w) * inv
             if need_w:
-                dw += e.t() @ (xs * inv).to(x.dtype)
+                d = e.t() @ (xs * inv).to(x.dtype)
+                dw = d.float() if dw is None else dw.add_(d)
         ctx.save_for_backward(dx, dw, count)
         ctx.used = False
         return total / count
@@ -544,8 +546,8 @@ class FELA(nn.Module):
         return optimizers
 
     def segment(self, device):
-        """Tokens that go through all layers together: on a CPU few, so that activations stay in its cache"""
-        return self.config.segment or (2048 if device.type == 'cpu' else 65536)
+        """Tokens that go through all layers together: on a CPU few, for its cache; elsewhere for the memory of a long prefill"""
+        return self.config.segment or (2048 if device.type == 'cpu' else 16384)
 
     def init_state(self, batch_size):
         """State before the first token: a list with one entry a layer. Its size does not depend on what was read (but for
@@ -559,13 +561,13 @@ class FELA(nn.Module):
             block.compile(dynamic=False)
             block.step = torch.compile(block.step, dynamic=False, options=options)
 
-    def hidden(self, idx, state):
-        """idx (B,T) -> (normalised output of the last block (B,T,C), state), in segments that pass their state on."""
-        B, T = idx.shape
-        length = T if self.attention else max(self.segment(idx.device) // B, self.config.n_modes)
+    def hidden(self, x, state):
+        """embeddings x (B,T,C) -> (normalised output of the last block (B,T,C), state), in segments that pass their state on."""
+        B, T, _ = x.shape
+        length = T if self.attention else max(self.segment(x.device) // B, self.config.n_modes)
         outputs = []
-        for part in idx.split(length, 1):
-            x, new_state = self.embedding(part), []
+        for x in x.split(length, 1):
+            new_state = []
             for block, s in zip(self.blocks, state):
                 if self.checkpoint_activations and torch.is_grad_enabled():
                     x, s = checkpoint(block, x, s, use_reentrant=False, preserve_rng_state=False)
@@ -581,7 +583,7 @@ class FELA(nn.Module):
         reduction 'mean' over the targets, or 'none' for the loss per token (B,T)."""
         B, T = idx.shape
         rows = max(1, self.segment(idx.device) // T) if not self.attention else B
-        h = torch.cat([self.hidden(part, self.init_state(len(part)))[0] for part in idx.split(rows)])
+        h = torch.cat([self.hidden(x, self.init_state(len(x)))[0] for x in self.embedding(idx).split(rows)])
         if torch.is_autocast_enabled(idx.device.type):
             h = h.to(torch.get_autocast_dtype(idx.device.type))
         weight, V = self.embedding.weight, self.config.vocab_size
@@ -598,7 +600,7 @@ class FELA(nn.Module):
         state = self.init_state(idx.shape[0]) if state is None else state
         length = idx.shape[1] if self.attention else max(self.segment(idx.device) // idx.shape[0], self.config.n_modes)
         for part in idx.split(length, 1):
-            h, state = self.hidden(part, state)
+            h, state = self.hidden(self.embedding(part), state)
         return self.logits(h[:, -1]), state
 
     @torch.inference_mode()

@@ -337,11 +337,12 @@ def test_compiled_equals_eager():
     idx, targets = tokens(2, 70), tokens(2, 70, seed=1)
     expected = loss_and_gradients(tiny(n_layer=2, pattern='SL'), idx, targets)
     model = tiny(n_layer=2, pattern='SL')
-    for block in model.blocks:
-        block.compile()
+    steps = [model.step(row, model.init_state(2))[0] for row in idx.t()[:2]]
+    model.compile_blocks()
     actual = loss_and_gradients(model, idx, targets)
     assert actual[0].item() == pytest.approx(expected[0].item(), abs=1e-5)
     close(actual[1], expected[1], 1e-4)
+    close([model.step(row, model.init_state(2))[0] for row in idx.t()[:2]], steps, 1e-5)
 
 
 def test_every_parameter_has_a_group():

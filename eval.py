@@ -74,7 +74,6 @@ needle_depths = '0,0.25,0.5,0.75,1'  # where the passkey stands; 0: at the start
 needle_seeds = 20  # prompts a cell
 haystack = ''  # a text file to hide the passkey in ('': a few sentences over and over)
 make_passkey = ''  # write a dataset of passkey text to this folder, and end
-passkey_length = 256  # make_passkey: bytes of a document
 # speed
 model_config = ''  # a config of train.py: its shape with random weights instead of a checkpoint
 vocab_size = 0  # with model_config; 0: as its dataset has it, else GPT-2's
@@ -92,9 +91,11 @@ max_minutes = 0.0  # no cell of speed is begun after this time (0: off)
 # ---------------------------------------------------------------------------------------------------------------------
 
 KNOBS = {k: v for k, v in globals().items() if type(v) in (int, float, str, bool) and not k.startswith('_')}
-SUITES = {  # and the knobs that change their results; speed keeps its own account, cell by cell
+SUITES = {  # and the knobs that change their results; speed also keeps its own account, cell by cell
     'lm': 'tasks task_data limit max_length', 'longctx': 'text_file contexts blocks block_tokens',
-    'needle': 'needle_lengths needle_depths needle_seeds haystack', 'speed': '', 'interpret': 'text_file'}
+    'needle': 'needle_lengths needle_depths needle_seeds haystack', 'interpret': 'text_file',
+    'speed': 'model_config vocab_size kinds arms compile lengths batch_tokens positions decode_batches repetitions '
+             'measure_memory max_cell_seconds max_minutes'}
 RED, BLUE, GREY = '#c0392b', '#2c5f8a', '#8a8a8a'
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -200,6 +201,7 @@ def plain_log(ax):
     ax.set_yscale('log')
     ax.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     ax.yaxis.set_major_formatter('{x:,g}')
+    ax.yaxis.set_minor_formatter('')
 
 
 def shape_of(config):
@@ -264,7 +266,7 @@ def score(model, idx, targets, state=None):
     state. Logits exist at targets only and for 1,024 at a time, their softmax for what fits a CPU's cache."""
     idx, targets = idx.to(device), targets.to(device)
     with autocast():
-        h, state = model.hidden(idx, model.init_state(len(idx)) if state is None else state)
+        h, state = model.hidden(model.embedding(idx), model.init_state(len(idx)) if state is None else state)
     wanted, parts = targets >= 0, []
     for x, t in zip(h[wanted].split(1024), targets[wanted].split(1024)):
         logits = model.logits(x.float())
@@ -327,9 +329,6 @@ def lm_adapter(model, tokenizer):
                     end = len(tokens) - 1  # sums do not depend on the padding: equal continuations tie
                     results[i] = float(values[end - n:end].sum()), same
             return results
-
-        def loglikelihood(self, requests, disable_tqdm=False):
-            return super().loglikelihood(requests, disable_tqdm=not sys.stderr.isatty())
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             """Every token once, in windows of max_length; with max_length=0 in one go"""
@@ -457,7 +456,8 @@ def lm(run):
             errors[task] = 100 * math.sqrt(ours[task] * (1 - ours[task]) / n)
             majority[task], ours[task] = 100 * results[task]['majority'], 100 * ours[task]
     lines = {'this checkpoint': ours, 'its standard error': errors, 'majority class': majority} | PUBLISHED
-    rows = [{'': name} | {task: scores.get(task) for task in known} for name, scores in lines.items()]
+    rows = [{'': name} | {t: f'{scores[t]:,.{1 + (t == "wikitext")}f}' if t in scores else None for t in known}
+            for name, scores in lines.items()]
     rows += [{'': f'{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in results[name].items())} | dict.fromkeys(known)
              for name in results if name not in METRICS]
     if 'wikitext' in results:
@@ -510,7 +510,7 @@ def longctx(run):
                      'change_high': d_high, 'beyond_training': c > run.block_size})
     write_csv('longctx_bpb.csv', [row | {'tokens_per_second': speeds[row['context_tokens']]} for row in rows])
     if plots:
-        fig, ((left, right),) = figure(2)
+        same, (fig, ((left, right),)) = in_bytes[-1] > 0.99 * sizes[-1], figure(2)
         for ax, key, low, high in ((left, 'bpb', 'bpb_low', 'bpb_high'), (right, change, 'change_low', 'change_high')):
             ax.fill_between(sizes, [r[low] for r in rows], [r[high] for r in rows], color=RED, alpha=0.15, linewidth=0)
             ax.plot(sizes, [r[key] for r in rows], color=RED)
@@ -518,8 +518,8 @@ def longctx(run):
                 part = [r for r in rows if r['beyond_training'] == far]
                 ax.plot([r['context_tokens'] for r in part], [r[key] for r in part], 'o', color=RED, label=label,
                         markerfacecolor='white' if far else RED)
-            token_axis(ax, sizes, 'context before the targets: tokens' + ', and bytes below them' * (in_bytes != sizes),
-                       [brief(n) + f'\n{b:,.0f}' * (in_bytes != sizes) for n, b in zip(sizes, in_bytes)])
+            token_axis(ax, sizes, f'context before the targets (tokens{" = bytes" if same else ", bytes below them"})',
+                       [brief(n) + f'\n{b / 1000:,.3g}k' * (not same) for n, b in zip(sizes, in_bytes)])
         right.axhline(0, color=GREY, linewidth=1)
         left.set(ylabel='bits per byte', title='The same targets after more and more context')
         right.set(ylabel=f'bits per byte, less those after {brief(base)}', title='Paired difference, 95% interval')
@@ -575,24 +575,20 @@ def needle(run):
             hits += int((top | (targets < 0)).all(1).sum())  # greedy decoding says the key just if each token is on top
             log_probs += values.sum(1).tolist()
         return hits / needle_seeds, statistics.fmean(log_probs)
-    cells = []
-    for length in progress(sizes, 'passkeys'):
-        for depth in depths:
-            (hits, log_prob), (control_hits, control) = ask(length, depth, True), ask(length, depth, False)
-            cells.append({'length': length, 'depth': depth, 'seeds': needle_seeds, 'exact': hits, 'log_prob': log_prob,
-                          'control_exact': control_hits, 'control_log_prob': control,
-                          'beyond_training': length > run.block_size})
+    grid = np.array([[ask(n, d, True) + ask(n, d, False) for d in depths] for n in progress(sizes, 'passkeys')])
+    cells = [{'length': n, 'depth': d, 'seeds': needle_seeds} | dict(zip(
+        ('exact', 'log_prob', 'control_exact', 'control_log_prob'), grid[x, y].tolist())) |
+        {'beyond_training': n > run.block_size} for x, n in enumerate(sizes) for y, d in enumerate(depths)]
     write('needle_heatmap.json', {'cells': cells, 'trained_length': run.block_size, 'needle': NEEDLE,
-                                       'question': QUESTION, 'haystack': os.path.basename(haystack) or FILLER})
+                                  'question': QUESTION, 'haystack': os.path.basename(haystack) or FILLER})
+    found, log_prob, control, control_log_prob = grid.T  # (depths,lengths)
     if plots:
-        grid = {key: np.array([[next(c[key] for c in cells if (c['length'], c['depth']) == (n, d)) for n in sizes]
-                               for d in depths]) for key in ('exact', 'log_prob', 'control_log_prob')}
-        gain = (grid['log_prob'] - grid['control_log_prob']) / math.log(2)
         fig, axes = figure(2, height=3.4)
-        top, inside = max(1, np.abs(gain).max()), sum(n <= run.block_size for n in sizes)
+        top, inside = math.log2(90000), sum(n <= run.block_size for n in sizes)
         for ax, values, cmap, low, high, form, title in (
-                (axes[0, 0], 100 * grid['exact'], 'viridis', 0, 100, '{:.0f}', 'Passkeys found (%)'),
-                (axes[0, 1], gain, 'RdBu_r', -top, top, '{:.1f}', 'What the needle tells about the passkey (bits)')):
+                (axes[0, 0], 100 * found, 'viridis', 0, 100, '{:.0f}', 'Passkeys found (%)'),
+                (axes[0, 1], (log_prob - control_log_prob) / math.log(2), 'RdBu_r', -top, top, '{:.1f}',
+                 'What the needle tells of a passkey (of 16.5 bits)')):
             image = ax.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect='auto')
             for y, x in np.ndindex(values.shape):
                 dark = values[y, x] < 60 if low == 0 else abs(values[y, x]) > 0.6 * high
@@ -607,13 +603,10 @@ def needle(run):
                 ax.text(inside - 0.45, -0.55, 'longer than in training', fontsize=8, va='bottom')
             fig.colorbar(image, ax=ax)
         save_figure(fig, 'needle_heatmap.png')
-
-    def over(n, key, reduce=statistics.fmean, scale=1):
-        return scale * reduce(c[key] for c in cells if c['length'] == n)
-    rows = [{'length': n, 'beyond_training': n > run.block_size, 'found (%)': over(n, 'exact', scale=100.0),
-             'worst depth (%)': over(n, 'exact', min, 100.0), 'log-probability': over(n, 'log_prob'),
-             'found without needle (%)': over(n, 'control_exact', scale=100.0),
-             'log-probability without': over(n, 'control_log_prob')} for n in sizes]
+    rows = [{'length': n, 'beyond_training': n > run.block_size, 'found (%)': 100 * found[:, x].mean().item(),
+             'worst depth (%)': 100 * found[:, x].min().item(), 'log-probability': log_prob[:, x].mean().item(),
+             'found without needle (%)': 100 * control[:, x].mean().item(),
+             'log-probability without': control_log_prob[:, x].mean().item()} for x, n in enumerate(sizes)]
     return {'table': rows, 'pictures': ['needle_heatmap.png'], 'protocol': (
         f'A five-digit passkey in {"a text" if haystack else "repeated sentences"}; {needle_seeds} prompts for each '
         'length and depth. Found: greedy decoding says all five digits. Log-probability: of the true passkey, in nats '
@@ -622,20 +615,18 @@ def needle(run):
 
 
 def write_passkeys():
-    """Passkey text as a dataset: documents of passkey_length bytes, a needle and then its key told again and again, at
-    once (that is learnt first) or after some sentences."""
-    if passkey_length < 100:
-        die(f'passkey_length={passkey_length}: expected at least 100')
+    """Passkey text as a dataset: documents of 128 to 512 bytes (of one size, their end would be learnt first), a needle
+    and then its key told again and again, mostly soon (learnt first), at times after many sentences."""
     rng, path = np.random.default_rng(seed), os.path.join(make_passkey, 'passkey.jsonl')
     os.makedirs(make_passkey, exist_ok=True)
     with open(path, 'w') as file:
         for _ in progress(range(20000), 'documents'):
-            key, text, told = rng.integers(10000, 100000), '', NEEDLE
-            while len(text) < passkey_length:
-                start, n = rng.integers(len(FILLER)), rng.integers(2) * rng.integers(passkey_length // 3)
+            key, size, text, told = rng.integers(10000, 100000), rng.integers(128, 512), '', NEEDLE
+            while len(text) < size:
+                start, n = rng.integers(len(FILLER)), int(156 ** rng.random()) - 1
                 text += (FILLER * (2 + n // len(FILLER)))[start:start + n] + told.format(key)
                 told = (QUESTION if rng.random() < 0.3 else 'The pass key is') + ' {0}. '
-            file.write(json.dumps({'text': text[:passkey_length - 1]}) + '\n')  # one for <|endoftext|>
+            file.write(json.dumps({'text': text[:size]}) + '\n')
     meta = make({'dataset': 'passkey', 'data_files': path, 'tokenizer': 'bytes', 'val_fraction': 0.02,
                  'out_dir': make_passkey, 'num_proc': 1})
     print(f'{make_passkey}: {meta["splits"]["train"]["tokens"]:,} tokens to train on')
@@ -1067,7 +1058,7 @@ def interpret(run):
             hooks.append(block.mixer.register_forward_pre_hook(
                 lambda m, args, i=i: decays[i].append(m.project(args[0])[-1].float().cpu())))
     with autocast():
-        model.hidden(idx, model.init_state(len(idx)))
+        model.hidden(model.embedding(idx), model.init_state(len(idx)))
     for hook in hooks:
         hook.remove()
     gates = {i: torch.cat(parts, 1).exp() for i, parts in decays.items() if parts}  # (B,T,H,K)
@@ -1221,7 +1212,7 @@ def check():
     if kind not in ('cpu', 'cuda', 'mps') or not getattr(torch, kind).is_available():
         die(f'device={device!r}: not available here (auto, cpu, cuda, cuda:1, mps)')
     if kind == 'cuda':
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)
     if dtype == 'auto':
         dtype = 'bfloat16' if kind == 'cuda' else 'float32'
     if ',' in dtype and names != ['speed']:
@@ -1251,8 +1242,6 @@ def main():
     if make_passkey:
         return write_passkeys()
     names, run, meta = check(), None, {}
-    if not sys.stderr.isatty():
-        os.environ.setdefault('TQDM_DISABLE', '1')  # for lm-eval's own bars
     folder = os.path.basename(os.path.abspath(checkpoint if os.path.isdir(checkpoint) else os.path.dirname(checkpoint)))
     if names != ['speed'] or kinds and not model_config:
         run = load()
@@ -1274,10 +1263,9 @@ def main():
             if name == 'speed' and not kinds and name in meta:  # measured before, maybe elsewhere; only drawn again
                 meta[name] |= {k: result[k] for k in ('table', 'pictures')}
             else:
-                changed = {k: globals()[k] for k, v in KNOBS.items() if globals()[k] != v
-                           and k not in ('suite', 'out', 'overwrite', 'device') and (k != 'dtype' or v == 'float32')}
+                changed = {k: globals()[k] for k in (*'checkpoint out seed dtype batch_size plots'.split(), *knobs)}
                 changed = {k: os.path.basename(v) if isinstance(v, str) and os.path.isabs(v) else v
-                           for k, v in changed.items()}
+                           for k, v in changed.items() if v != KNOBS[k]}
                 meta[name] = {
                     'key': key, 'source': f'{folder}, step {run.step}, sha256 {run.sha256}' if run else model_config,
                     'command': f'python eval.py --suite={name}' + ''.join(f' --{k}={v}' for k, v in changed.items()),

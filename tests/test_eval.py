@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import types
 
 import numpy as np
@@ -90,8 +91,11 @@ class Unigram:
     def init_state(self, batch_size):
         return []
 
-    def hidden(self, idx, state):
-        return torch.zeros(*idx.shape, 1), state
+    def embedding(self, idx):
+        return idx.unsqueeze(-1)
+
+    def hidden(self, x, state):
+        return torch.zeros(*x.shape[:2], 1), state
 
     def logits(self, h):
         return self.log_weights.expand(len(h), -1)
@@ -265,14 +269,14 @@ def test_passkey_prompts(tiny):
 def test_needle_sees_success_and_failure(tiny, knobs):
     """A model that looks the key up in its prompt finds all; without the needle, none."""
     class Oracle:
-        def __init__(self):
-            self.keys = []
-
         def prefill(self, idx, state=None):
             texts = [tiny.tokenizer.decode(row) for row in idx.tolist()]
             return None, [f' {t.split("The pass key is ")[1][:5]}' if 'Remember' in t else ' 0 0 0' for t in texts]
 
-        def hidden(self, idx, state):
+        def embedding(self, idx):
+            return idx
+
+        def hidden(self, x, state):
             ids = torch.tensor([tiny.tokenizer.encode(key) for key in state])
             return torch.nn.functional.one_hot(ids, 261) * 50.0, state
 
@@ -290,13 +294,14 @@ def test_needle_sees_success_and_failure(tiny, knobs):
 
 
 def test_make_passkey(tmp_path):
-    evaluate(tmp_path, '--make_passkey=data/passkey', '--passkey_length=200')
+    evaluate(tmp_path, '--make_passkey=data/passkey')
     meta = load_meta(str(tmp_path / 'data' / 'passkey'))
     tokens = np.fromfile(tmp_path / 'data' / 'passkey' / 'val.bin', np.uint16)
-    assert meta['tokenizer'] == 'bytes' and (np.diff(np.flatnonzero(tokens == 256)) == 200).all()
+    sizes = np.diff(np.flatnonzero(tokens == 256)) - 1
+    assert meta['tokenizer'] == 'bytes' and sizes.min() >= 128 and 400 < sizes.max() < 512
     for document in get_tokenizer('bytes').decode(tokens).split('<|endoftext|>')[1:-1]:
         keys = re.findall(r' (\d{5})', document)
-        assert len(keys) > 1 and len(set(keys)) == 1 and ev.NEEDLE.format(keys[0]) in document
+        assert len(set(keys)) <= 1 and (len(document) < 256 or ev.NEEDLE.format(keys[0]) in document)
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
@@ -334,12 +339,12 @@ def test_speed_without_a_checkpoint_and_what_does_not_fit(tmp_path, knobs, monke
     knobs(model_config=str(tmp_path / 'mine.py'), vocab_size=100, kinds='prefill', lengths='16,64', repetitions=1,
           measure_memory=False)
 
-    def call(kind, arm, model, length, batch, compiled, real=ev.speed_call):
-        if arm == 'A' and length == 64:
+    def call(kind, arm, *rest, real=ev.speed_call):
+        if arm == 'A' and rest[1] == 64:
             raise RuntimeError('DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 1 byte')
         if arm == 'A':
             raise ValueError('something\nelse')
-        return real(kind, arm, model, length, batch, compiled)
+        return real(kind, arm, *rest)
     monkeypatch.setattr(ev, 'speed_call', call)
     ev.speed()
     found = {(row['arm'], row['length']): row['status'] for row in rows(tmp_path / 'throughput.csv')}
@@ -401,6 +406,10 @@ def test_finished_suites_stay_and_the_page_shows_all(checkpoint):
     stamp = (folder / 'longctx_bpb.csv').stat().st_mtime_ns
     again = evaluate(checkpoint, *args, '--needle_seeds=3')
     assert again.out.count('done before') == 1 and (folder / 'longctx_bpb.csv').stat().st_mtime_ns == stamp
+    run = Run(checkpoint, 'eval.py', ['--device=cpu', *args[:-1], '--out=cut', '--needle_seeds=100000'])
+    run.until('-- needle').kill(signal.SIGINT).wait()
+    assert run.code == 130 and run.err.splitlines()[-1].startswith('error: interrupted') and 'Traceback' not in run.err
+    assert evaluate(checkpoint, *args[:-1], '--out=cut').out.count('done before') == 1
     page = (folder / 'README.md').read_text()
     assert '## longctx' in page and '## needle' in page and '![needle_heatmap.png](needle_heatmap.png)' in page
     assert '--needle_seeds=3' in page and str(checkpoint) not in page + (folder / 'meta.json').read_text()

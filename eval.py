@@ -675,11 +675,12 @@ def speed_model(arm, shape, kind):
 
 def speed_call(kind, arm, model, length, batch, compiled, state=None):
     """-> what is timed, a function without arguments; state: of one row after `length` tokens, for decode"""
-    for block in model.blocks:  # as it was before it was compiled
+    model.__dict__.pop('logits', None)  # as it was before it was compiled
+    for block in model.blocks:
         block._compiled_call_impl = None
         block.__dict__.pop('step', None)
     if compiled:
-        model.compile_blocks()
+        (model.compile_step if kind == 'decode' else model.compile_blocks)()
     if kind == 'decode' and arm != 'A-recompute':
         return decode_call(model, state or random_cache(model.config, length, batch), batch)
     generator = torch.Generator().manual_seed(seed)
@@ -1280,7 +1281,9 @@ if __name__ == '__main__':
     globals().update(configure(globals()))
     try:
         main()
-    except (CheckpointError, DataError) as e:
+    except DataError as e:
+        die(e)
+    except CheckpointError as e:
         die(f'{e}' + '; train one with `python train.py`' * (checkpoint == 'out' and not os.path.exists('out')))
     except OSError as e:
         die(f'{e.filename or out}: {e.strerror or e}', 1)

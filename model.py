@@ -214,6 +214,20 @@ def _gla_chunks(q, k, v, g, S, c, m, floor):
 # mixers: forward and step side by side; state in, state out
 
 
+def linear(x, weight, bias=None):
+    """F.linear. A compiled decoding step on a CPU has one row as a sum of products instead: it runs at the speed of memory,
+    where matrix products with one row reach half of it."""
+    if torch.compiler.is_compiling() and x.dim() == 2 and x.shape[0] == 1 and x.device.type == 'cpu':
+        y = (weight.float() * x.float()).sum(-1)
+        return (y if bias is None else y + bias).to(x.dtype).unsqueeze(0)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class FNOMixer(nn.Module):
     """S: y = FIR(u), gated by silu(z). Taps are learned numbers times a fixed exponential window per channel, whose time
     constants run from one token to M, plus a direct path at lag 0.
@@ -224,8 +238,8 @@ class FNOMixer(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, M = config.n_embd, config.n_modes
-        self.input = nn.Linear(C, 2 * C, bias=False)
-        self.output = nn.Linear(C, C, bias=False)
+        self.input = Linear(C, 2 * C, bias=False)
+        self.output = Linear(C, C, bias=False)
         self.taps = nn.Parameter(torch.empty(M, C))
         self.direct = nn.Parameter(torch.empty(C))
         tau = float(M) ** torch.linspace(0, 1, C)
@@ -256,7 +270,7 @@ class FNOMixer(nn.Module):
         ring, pos, taps, taps2 = state
         M = ring.shape[1]
         ring.index_copy_(1, pos.view(1), u.to(ring.dtype).unsqueeze(1))
-        if x.is_cuda:  # no synchronisation; the gather fuses with the sum when compiled
+        if x.is_cuda or torch.compiler.is_compiling():  # no synchronisation; the gather fuses with the sum when compiled
             rotated = taps2[torch.arange(M, device=x.device) + (M - 1 - pos)]
         else:
             rotated = taps2.narrow(0, M - 1 - int(pos), M)
@@ -274,10 +288,10 @@ class GLAMixer(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head, self.chunk_size = config.n_head, config.chunk_size
-        self.input = nn.Linear(C, 4 * C, bias=False)
-        self.gate_down = nn.Linear(C, self.rank, bias=False)
-        self.gate_up = nn.Linear(self.rank, C)
-        self.output = nn.Linear(C, C, bias=False)
+        self.input = Linear(C, 4 * C, bias=False)
+        self.gate_down = Linear(C, self.rank, bias=False)
+        self.gate_up = Linear(self.rank, C)
+        self.output = Linear(C, C, bias=False)
 
     def init_state(self, batch_size):
         K, p = self.output.in_features // self.n_head, self.output.weight
@@ -318,8 +332,8 @@ class AttentionMixer(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head = config.n_head
-        self.input = nn.Linear(C, 3 * C, bias=False)
-        self.output = nn.Linear(C, C, bias=False)
+        self.input = Linear(C, 3 * C, bias=False)
+        self.output = Linear(C, C, bias=False)
         K = C // config.n_head
         self.register_buffer('inv_freq', 10000.0 ** -(torch.arange(0, K, 2) / K), persistent=False)  # (K/2,)
 
@@ -381,8 +395,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         hidden = config.mlp_hidden or 2 * config.n_embd
-        self.input = nn.Linear(config.n_embd, 2 * hidden, bias=False)
-        self.output = nn.Linear(hidden, config.n_embd, bias=False)
+        self.input = Linear(config.n_embd, 2 * hidden, bias=False)
+        self.output = Linear(hidden, config.n_embd, bias=False)
 
     def forward(self, x):
         return self.output(_SwiGLU.apply(self.input(x)))
@@ -555,11 +569,18 @@ class FELA(nn.Module):
         return [block.mixer.init_state(batch_size) for block in self.blocks]
 
     def compile_blocks(self):
-        """torch.compile by blocks, for training, prefill and step: layers of a kind share their code, so it takes seconds"""
-        options = {'coordinate_descent_tuning': True} if self.norm.weight.is_cuda else None  # one row: as fast as memory
+        """torch.compile for training and prefill, by blocks: layers of a kind share their code, so it takes seconds"""
         for block in self.blocks:
             block.compile(dynamic=False)
+
+    def compile_step(self):
+        """torch.compile for decoding"""
+        options = {'realize_opcount_threshold': 8}  # norms and gates are not computed again for every output of a product
+        if self.norm.weight.is_cuda:
+            options['coordinate_descent_tuning'] = True  # products with one row as fast as memory
+        for block in self.blocks:
             block.step = torch.compile(block.step, dynamic=False, options=options)
+        self.logits = torch.compile(self.logits, dynamic=False, options=options)
 
     def hidden(self, x, state):
         """embeddings x (B,T,C) -> (normalised output of the last block (B,T,C), state), in segments that pass their state on."""
@@ -614,7 +635,7 @@ class FELA(nn.Module):
         return self.logits(self.norm(x)), new_state
 
     def logits(self, h):
-        return F.linear(h.to(self.embedding.weight.dtype), self.embedding.weight)[:, :self.config.vocab_size].float()
+        return linear(h.to(self.embedding.weight.dtype), self.embedding.weight)[:, :self.config.vocab_size].float()
 
     @torch.inference_mode()
     def capture_step(self, idx, state):

@@ -231,7 +231,8 @@ def compressed_bpb(data_dir, split='val'):
     sizes = {'gzip': len(gzip.compress(text, 9))}
     with contextlib.suppress(ImportError):                      # some builds of Python lack it
         import lzma                                             # -9e, with no larger dictionary than the text needs
-        best = {'id': lzma.FILTER_LZMA2, 'preset': 9 | lzma.PRESET_EXTREME, 'dict_size': min(max(4096, len(text)), 1 << 26)}
+        room = min(max(4096, len(text)), 1 << 26)
+        best = {'id': lzma.FILTER_LZMA2, 'preset': 9 | lzma.PRESET_EXTREME, 'dict_size': room}
         sizes['xz'] = len(lzma.compress(text, filters=[best]))
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 

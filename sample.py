@@ -36,7 +36,8 @@ stop = ''  # end where this text appears, and leave it out; several as JSON: '["
 stop_at_end = True  # end at <|endoftext|>
 seed = 1337  # the same seed, the same text
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
-dtype = 'auto'  # auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16
+dtype = 'auto'  # of the weights: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16
+compile = False  # torch.compile the decoding step: ten seconds on a CPU, a minute on CUDA, then 1.7 times the speed
 config = configure(globals())
 globals().update(config)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,6 +106,10 @@ try:
 except (ValueError, KeyError, OSError) as e:  # CheckpointError and DataError are ValueErrors
     die(f'{e}' + ('; train one with `python train.py`' if not os.path.exists(out_dir) else ''))
 del state
+model.to(getattr(torch, dtype))
+if compile:
+    model.compile_step()
+    model.step(torch.zeros(num_samples, dtype=torch.long, device=device), model.init_state(num_samples))  # compiles
 ids = [tokenizer.eot] if text is None else tokenizer.encode_bytes(text)
 model.eval()
 
@@ -139,7 +144,7 @@ def write(text):
     sys.stdout.buffer.flush()
 
 
-with torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32'):
+with torch.inference_mode():
     start, made = time.perf_counter(), 0
     state = model.init_state(1)
     if len(ids) > 1:

@@ -252,9 +252,10 @@ if master:
     if free < need:
         die(f'out_dir={out_dir!r}: no space left: a checkpoint takes about {need:,} bytes, and {free:,} are free')
 if ddp:  # rank 0 decides: one that does not see the folder must not start from scratch beside others that go on
-    box = [resume]
+    box = [resume, config]
     dist.broadcast_object_list(box, src=0)
-    resume = box[0]
+    resume, theirs = box
+    refuse_other(theirs, 'rank 0', sorted(config.keys() - {'dataset', 'device', 'out_dir'}), 'all ranks need the same')
 if resume:
     if not master:
         state, manifest = load_checkpoint(resume)
@@ -395,7 +396,7 @@ def on_signal(number, frame):
         os._exit(128 + number)
     signals.append((signal.Signals(number).name, now))
     if master:
-        with suppress(OSError):  # Ctrl-C ends `| tee log` too
+        with suppress(OSError):  # whoever read this is gone, or its disk is full
             os.write(2, b'finishing this step, then saving; once more leaves at once\n')
 
 

@@ -7,11 +7,11 @@ Train one FELA model on many ordinary machines that may come and go: DiLoCo (arX
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2:10 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
         --rdzv_id=cpu_gpt2 --max_restarts=1000 --nproc_per_node=1 train_diloco.py ...           they may come and go
 
-A round: each worker takes H inner steps on windows of its own; the mean of (theta - its weights), weighted by tokens, is
-the gradient of an outer SGD with Nesterov momentum. Inner optimizer states stay local; a joining worker copies one.
+A round: each worker takes H inner steps on windows of its own; the mean of (theta - its weights), weighted by tokens,
+is the gradient of an outer SGD with Nesterov momentum. Inner optimizer states stay local; a joining worker copies one.
 Each worker keeps its own snapshots. When a worker is lost or joins, torchrun restarts the others: the newest round that
 anyone holds wins, and an unfinished round is done again by those present. Losing the rendezvous host (HOST above) ends
-the run; the same command goes on from the newest round. Exit code 2: the input was wrong; 1: a failure, worth a restart.
+the run; the same command goes on from the newest round. Exit code 2: the input was wrong; 1: a failure, try again.
 """
 
 import contextlib
@@ -122,10 +122,10 @@ globals().update(config)
 
 # knobs that may differ between machines, and knobs that may change when a run goes on
 PER_MACHINE = {'dataset', 'out_dir', 'device', 'dtype', 'compile', 'micro_batch_size', 'chunk_size', 'timeout'}
-MAY_CHANGE = {'max_tokens', 'max_rounds', 'round_seconds', 'eval_rounds', 'eval_tokens', 'final_eval_tokens', 's3_bucket',
-              'snapshot_rounds', 'keep_snapshots', 'upload_rounds', 's3_keep', 's3_part_mb'}
+MAY_CHANGE = {'max_tokens', 'max_rounds', 'round_seconds', 'eval_rounds', 'eval_tokens', 'final_eval_tokens',
+              's3_bucket', 'snapshot_rounds', 'keep_snapshots', 'upload_rounds', 's3_keep', 's3_part_mb'}
 
-rank, local_rank, world = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+rank, local_rank, world = (int(os.environ.get(k, n)) for k, n in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 
 
 def log(line):
@@ -159,10 +159,11 @@ for key, allowed in (('optimizer', 'adamw muon'), ('schedule', 'cosine wsd const
                      ('compile', 'auto on off'), ('dtype', 'auto float32 bfloat16')):
     if config[key] not in allowed.split():
         leave(f'{key}={config[key]!r}: expected one of {allowed}', 2)
-for keys, low, high in (('block_size H batch_tokens micro_batch_size keep_snapshots snapshot_rounds upload_rounds s3_keep timeout',
-                         1, math.inf), ('s3_part_mb', 5, 5000), ('outer_momentum decay_frac min_lr_frac beta1 beta2', 0, 1),
-                        ('max_tokens max_rounds round_tokens round_seconds warmup_rounds outer_lr learning_rate warmup_iters '
-                         'weight_decay grad_clip eval_rounds eval_tokens final_eval_tokens seed', 0, math.inf)):
+for keys, low, high in (('block_size H batch_tokens micro_batch_size keep_snapshots snapshot_rounds upload_rounds '
+                         's3_keep timeout', 1, math.inf), ('s3_part_mb', 5, 5000),
+                        ('outer_momentum decay_frac min_lr_frac beta1 beta2', 0, 1),
+                        ('max_tokens max_rounds round_tokens round_seconds warmup_rounds outer_lr learning_rate seed '
+                         'warmup_iters weight_decay grad_clip eval_rounds eval_tokens final_eval_tokens', 0, math.inf)):
     for key in keys.split():
         if not low <= config[key] <= high:
             leave(f'{key}={config[key]}: expected {low} to {high}', 2)
@@ -172,19 +173,20 @@ if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}', run_name):
     leave(f'run_name={run_name!r}: expected letters, digits and . _ -, at most 100', 2)
 micro_tokens = block_size * micro_batch_size
 if round_tokens % H:
-    leave(f'round_tokens={round_tokens:,} does not divide by H={H}: {round_tokens / H:.2f} tokens a step; try --round_tokens='
-          f'{max(1, round_tokens // H // micro_tokens) * micro_tokens * H}', 2)
+    leave(f'round_tokens={round_tokens:,} does not divide by H={H}: {round_tokens / H:.2f} tokens a step; try '
+          f'--round_tokens={max(1, round_tokens // H // micro_tokens) * micro_tokens * H}', 2)
 batch_tokens = config['batch_tokens'] = round_tokens // H or batch_tokens
 if batch_tokens % micro_tokens:
-    leave(f'batch_tokens={batch_tokens:,}{f" = round_tokens {round_tokens:,} / H {H}" * (round_tokens > 0)} does not divide: '
-          f'block_size {block_size:,} x micro_batch_size {micro_batch_size} = {micro_tokens:,} tokens at a time, and '
-          f'{batch_tokens:,} / {micro_tokens:,} = {batch_tokens / micro_tokens:.2f}', 2)
+    asked = f' = round_tokens {round_tokens:,} / H {H}' * (round_tokens > 0)
+    leave(f'batch_tokens={batch_tokens:,}{asked} does not divide: block_size {block_size:,} x micro_batch_size '
+          f'{micro_batch_size} = {micro_tokens:,} tokens at a time, and {batch_tokens:,} / {micro_tokens:,} = '
+          f'{batch_tokens / micro_tokens:.2f}', 2)
 accumulation = batch_tokens // micro_tokens
 
 # -- device, data, model, optimizers
 device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
 if device not in ('cpu', 'cuda') or device == 'cuda' and local_rank >= torch.cuda.device_count():
-    leave(f'device={device!r} for local worker {local_rank}: not available here (auto, cpu, cuda; one GPU per worker)', 2)
+    leave(f'device={device!r} for local worker {local_rank}: not here (auto, cpu, cuda; one GPU per worker)', 2)
 if device == 'cuda':
     torch.cuda.set_device(local_rank)
 if dtype == 'auto':
@@ -207,7 +209,8 @@ if compile == 'on' or compile == 'auto' and device == 'cuda':
     model.compile_blocks()
 optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2))
 weights = list(model.parameters())
-config |= asdict(model_config) | {'tokenizer': tokenizer.name, 'data_sha256': train_data.meta['splits']['train']['sha256']}
+config |= asdict(model_config)
+config |= {'tokenizer': tokenizer.name, 'data_sha256': train_data.meta['splits']['train']['sha256']}
 shared = {k: v for k, v in config.items() if k not in PER_MACHINE}
 identity = {k: v for k, v in shared.items() if k not in MAY_CHANGE}
 
@@ -225,8 +228,8 @@ def load_theta():
 theta = flat()  # the global model, one vector (P,): the same on all workers after each round
 momentum = torch.zeros_like(theta)  # of the outer optimizer
 
-# what all workers know. Data is read in steps: step s is windows s * batch_tokens / block_size ... of the stream of epochs.
-# next: the first step that nobody was given; left: steps before it that a slow worker did not do; inner: inner steps so far
+# what all workers know. Data is read in steps: step s is windows s * batch_tokens / block_size ... of the stream.
+# next: the first step that nobody was given; left: steps before it that a slow worker did not do; inner: steps so far
 run = SimpleNamespace(round=0, tokens=0, inner=0, next=0, left=[])
 comm = SimpleNamespace(seconds=0.0, bytes=0, tokens=0)  # of this process
 
@@ -259,13 +262,17 @@ def snapshot(where, final=False, **losses):
         print(f'warning: worker {rank}: {e}; training goes on', file=sys.stderr, flush=True)
 
 
+def difference(theirs, where):
+    """Why their config is of another run, or None"""
+    return next((f'{key} is {theirs.get(key)!r} {where} and {identity[key]!r} here' for key in sorted(identity)
+                 if theirs.get(key) != identity[key]), None)
+
+
 def restore(path):
     """A snapshot, whole or not at all, into this worker."""
     state, _ = load_checkpoint(path)
-    for key in sorted(identity):
-        if state['config'].get(key) != config[key]:
-            leave(f'{key} is {state["config"].get(key)!r} in {path} and {config[key]!r} here: another --run_name (or --out_dir) '
-                  f'starts another run', 2)
+    if other := difference(state['config'], f'in {path}'):
+        leave(f'{other}: another --run_name (or --out_dir) starts another run', 2)
     model.load_state_dict(state['model'])
     theta.copy_(flat())
     momentum.copy_(state['outer'])
@@ -283,7 +290,7 @@ def together(what, nbytes, function, *args):
             function(*args)
         except (RuntimeError, ValueError) as e:
             leave(f'worker {rank}, round {run.round + 1}, {what}: another worker is gone, or silent for '
-                  f'timeout={timeout:g} s; this round is done again by those present ({str(e).splitlines()[0][:160]})', 1)
+                  f'timeout={timeout:g} s; those present do the round again ({str(e).splitlines()[0][:160]})', 1)
         comm.seconds, comm.bytes = comm.seconds + time.perf_counter() - start, comm.bytes + nbytes
 
 
@@ -328,9 +335,11 @@ class S3:
         except ImportError:
             leave('s3_bucket needs boto3: pip install boto3', 2)
         self.errors = BotoCoreError, ClientError, boto3.exceptions.Boto3Error, OSError, ValueError, KeyError
-        self.client = boto3.client('s3', config=Config(connect_timeout=5, read_timeout=60, s3={'addressing_style': 'path'},
-                                                       retries={'mode': 'adaptive', 'total_max_attempts': 4}))
-        self.how = {'Config': TransferConfig(multipart_threshold=s3_part_mb << 20, multipart_chunksize=s3_part_mb << 20)}
+        self.client = boto3.client('s3', config=Config(
+            connect_timeout=5, read_timeout=60, retries={'mode': 'adaptive', 'total_max_attempts': 4},
+            s3={'addressing_style': 'path'}))
+        size = s3_part_mb << 20
+        self.how = {'Config': TransferConfig(multipart_threshold=size, multipart_chunksize=size)}
         self.newest, self.queue, self.folder = 0, queue.Queue(), os.path.join(folder, 's3')
         shutil.rmtree(self.folder, ignore_errors=True)
         os.makedirs(self.folder)
@@ -342,13 +351,14 @@ class S3:
     def why(self, e):
         """One line without secrets: an endpoint may carry a password, and a server may repeat a key in its message."""
         where, response = urlsplit(self.client.meta.endpoint_url), getattr(e, 'response', {})
-        code = response.get('Error', {}).get('Code') or ' '.join(re.findall(r'\((\w+)\)', str(e))[:1]) or type(e).__name__
+        code = response.get('Error', {}).get('Code')
+        code = code or ' '.join(re.findall(r'\((\w+)\)', str(e))[:1]) or type(e).__name__
         status = response.get('ResponseMetadata', {}).get('HTTPStatusCode', '')
         hint = {403: ': wrong credentials or no permission', 404: ': no such bucket or object'}.get(status, '')
         return f's3_bucket={s3_bucket!r} at {where.hostname}:{where.port or where.scheme}: {status} {code}{hint}'
 
     def put_new(self, key, body):
-        """What is there then: ours, or what somebody put there before. (Of two at the same time both may be told ours.)"""
+        """What is there then: ours, or what somebody put there before. (Of two at once both may be told: ours.)"""
         try:
             self.do('put_object', key, Body=body, IfNoneMatch='*')
         except self.errors as e:
@@ -363,11 +373,8 @@ class S3:
     def open(self):
         """May we write there, and is this run name ours? If not, why."""
         self.do('put_object', 'writable', Body=b'')
-        theirs = self.put_new('config.json', json.dumps(identity, indent=1).encode())
-        for key in sorted(identity.keys() | theirs.keys()):
-            if identity.get(key) != theirs.get(key):
-                return (f'run_name={run_name!r} is taken in s3_bucket={s3_bucket!r} by a run with another config: {key} is '
-                        f'{theirs.get(key)!r} there and {identity.get(key)!r} here')
+        if other := difference(self.put_new('config.json', json.dumps(identity, indent=1).encode()), 'there'):
+            return f'run_name={run_name!r} is taken in s3_bucket={s3_bucket!r} by a run with another config: {other}'
         with contextlib.suppress(*self.errors):  # parts of uploads that were killed cost money, but no more
             for part in self.client.list_multipart_uploads(Bucket=s3_bucket, Prefix=f'{run_name}/').get('Uploads', []):
                 self.client.abort_multipart_upload(Bucket=s3_bucket, Key=part['Key'], UploadId=part['UploadId'])
@@ -375,7 +382,8 @@ class S3:
     def rounds(self):
         """{round: its keys}, newest first, the manifest first"""
         found = {}
-        for page in self.client.get_paginator('list_objects_v2').paginate(Bucket=s3_bucket, Prefix=f'{run_name}/round_'):
+        pages = self.client.get_paginator('list_objects_v2')
+        for page in pages.paginate(Bucket=s3_bucket, Prefix=f'{run_name}/round_'):
             for key in (item['Key'].removeprefix(f'{run_name}/') for item in page.get('Contents', [])):
                 if match := re.fullmatch(r'round_(\d{6,})/(manifest\.json|[0-9a-f]{64}\.pt)', key):
                     found.setdefault(int(match[1]), []).append(key)
@@ -457,12 +465,14 @@ except CheckpointError as e:
 together('forming the group', 0, lambda: dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo',
                                                                  timeout=timedelta(seconds=timeout)))
 sys.excepthook = one_line  # torch has wrapped it, and would swallow the line
-there = gather('forming the group', {'config': shared, 'round': run.round, 'name': f'worker {rank} ({socket.gethostname()})'})
+me = {'config': shared, 'round': run.round, 'name': f'worker {rank} ({socket.gethostname()})'}
+there = gather('forming the group', me)
 right = max(there, key=lambda w: w['round'])
 for key, other in ((key, other) for key in sorted(shared) for other in there):
-    if other['config'].get(key) != right['config'].get(key):  # once a run goes on, only whoever differs is told to stay away
-        leave(f'{key} is {other["config"].get(key)!r} on {other["name"]} and {right["config"].get(key)!r} on {right["name"]}: '
-              f'all workers need the same', 2 if not right['round'] or shared[key] != right['config'].get(key) else 1)
+    if other['config'].get(key) != right['config'].get(key):
+        theirs, rights = (f'{w["config"].get(key)!r} on {w["name"]}' for w in (other, right))
+        mine = shared[key] == right['config'].get(key)  # once a run goes on, only whoever differs is told to stay away
+        leave(f'{key} is {theirs} and {rights}: all workers need the same', 1 if right['round'] and mine else 2)
 s3 = problem = None
 if s3_bucket and rank == 0:
     s3 = S3()
@@ -485,21 +495,21 @@ if len(set(hashes)) > 1:
 load_theta()
 
 
-def progress(steps=0):
-    """0 to 1, by the budget that is used up most, after so many steps of this round"""
-    return max((run.tokens + steps * world * batch_tokens) / max_tokens if max_tokens else 0,
-               run.round / max_rounds if max_rounds else 0)
+def progress(tokens=None, rounds=None):
+    """0 to 1, by the budget of which more is used up"""
+    tokens, rounds = run.tokens if tokens is None else tokens, run.round if rounds is None else rounds
+    return max(tokens / max_tokens if max_tokens else 0, rounds / max_rounds if max_rounds else 0)
 
 
 def learning_rate_now(done):
     """The schedule of train.py, after `done` steps of this round; tokens are counted as if all workers were as fast."""
     if run.inner + done < warmup_iters:
         return learning_rate * (run.inner + done + 1) / (warmup_iters + 1)
-    warm = max(warmup_iters * world * batch_tokens / max_tokens if max_tokens else 0,
-               warmup_iters // H / max_rounds if max_rounds else 0)
-    part = (min(1, progress(done)) - warm) / max(1 - warm, 1e-9)
-    shape = {'constant': 1, 'cosine': 0.5 * (1 + math.cos(math.pi * part)), 'wsd': min(1, (1 - part) / (decay_frac or 1e-9))}
-    return learning_rate * (min_lr_frac + (1 - min_lr_frac) * shape[schedule])
+    warm = progress(warmup_iters * world * batch_tokens, warmup_iters // H)
+    part = (min(1, progress(run.tokens + done * world * batch_tokens)) - warm) / max(1 - warm, 1e-9)
+    shape = {'cosine': 0.5 * (1 + math.cos(math.pi * part)), 'wsd': min(1, (1 - part) / max(decay_frac, 1e-9)),
+             'constant': 1}[schedule]
+    return learning_rate * (min_lr_frac + (1 - min_lr_frac) * shape)
 
 
 def get_batch(data, position):
@@ -554,8 +564,8 @@ def ranges(steps):
 # -- the loop
 state = ('finished: a larger --max_tokens or --max_rounds goes on with it' if progress() >= 1 else
          f'going on from round {run.round}' if run.round else 'from scratch')
-log(f'{model.num_parameters():,} parameters | {world} worker{"s" * (world > 1)} | round: {H} steps of {batch_tokens:,} tokens '
-    f'each | data {data_dir} ({tokenizer.name}) | device {device}, {dtype} | {state}')
+log(f'{model.num_parameters():,} parameters | {world} worker{"s" * (world > 1)} | round: {H} steps of {batch_tokens:,} '
+    f'tokens each | data {data_dir} ({tokenizer.name}) | device {device}, {dtype} | {state}')
 if rank == 0:
     metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a+', buffering=1)
     metrics.seek(0)  # rounds lost with the worker that logged them come again
@@ -586,7 +596,7 @@ while progress() < 1:
     waiting = comm.seconds - waiting
     counts = [w['done'] if w['finite'] else 0 for w in report]
     if not sum(counts):
-        leave(f'round {run.round + 1}: no worker has finite weights any more; a smaller learning_rate than {learning_rate}?', 1)
+        leave(f'round {run.round + 1}: no worker has finite weights; a smaller learning_rate than {learning_rate}?', 1)
     if plain:
         theta.copy_(local)
     else:
@@ -600,7 +610,7 @@ while progress() < 1:
         theta.copy_(theta.double() - outer_lr * (pseudo.double() + outer_momentum * momentum))
         del pseudo
     if not counts[rank]:  # and what made them so
-        print(f'  worker {rank}: weights not finite, left out of this round; its optimizer starts anew', file=worker_log)
+        print(f'  worker {rank}: weights not finite, left out; its optimizer starts anew', file=worker_log)
         for opt in optimizers:
             opt.state.clear()
     load_theta()
@@ -609,7 +619,7 @@ while progress() < 1:
     run.tokens, run.inner = run.tokens + len(read) * batch_tokens, run.inner + max(w['done'] for w in report)
     hashes = gather('comparing hashes', fingerprint())
     if len(set(hashes)) > 1:
-        leave(f'round {run.round}: theta differs between workers ({", ".join(h[:8] for h in hashes)}); the round is done again', 1)
+        leave(f'round {run.round}: theta differs ({", ".join(h[:8] for h in hashes)}); the round is done again', 1)
 
     path = snapshot(folder) if run.round % snapshot_rounds == 0 or progress() >= 1 else None
     if s3 and path and run.round - offered >= upload_rounds:
@@ -618,9 +628,10 @@ while progress() < 1:
     comm.tokens += done * batch_tokens
     seconds, mean = time.perf_counter() - start, sum(w['loss'] for w in report) / len(read)
     talking = comm.seconds - comm_start - waiting
-    log(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {mean:.4f} | {world} workers | '
-        f'{len(read) * batch_tokens / seconds:,.0f} tok/s | compute {max(w["seconds"] for w in report):.2f} s, '
-        f'communicate {talking:.2f} s | theta {hashes[0][:8]}' + (f' | uploaded round {s3.newest}' if s3 else ''))
+    log(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {mean:.4f} | '
+        f'{world} worker{"s" * (world > 1)} | {len(read) * batch_tokens / seconds:,.0f} tok/s | '
+        f'compute {max(w["seconds"] for w in report):.2f} s, communicate {talking:.2f} s | theta {hashes[0][:8]}'
+        + (f' | uploaded round {s3.newest}' if s3 else ''))
     print(f'  worker {rank} of {world}: steps of data {ranges(mine[:done])}, loss {loss / max(done, 1):.4f}, '
           f'compute {computing:.2f} s, wait {waiting:.2f} s, theta {hashes[rank][:16]}', file=worker_log)
     val = bpb = None
@@ -632,14 +643,16 @@ while progress() < 1:
             'round': run.round, 'tokens': run.tokens, 'loss': mean, 'val_loss': val, 'val_bpb': bpb, 'workers': world,
             'seconds': seconds, 'compute': [w['seconds'] for w in report], 'done': [w['done'] for w in report],
             'wait': waiting, 'communicate': talking,
-            'bytes': comm.bytes, 'read': ranges(sorted(read)), 'theta': hashes[0], 'uploaded': s3 and s3.newest}) + '\n')
+            'bytes': comm.bytes, 'read': ranges(sorted(read)), 'theta': hashes[0],
+            'uploaded': s3 and s3.newest}) + '\n')
 
 # -- the end
 loss, bpb = evaluate(final_eval_tokens)
 log(f'{run.round:,} rounds, {run.tokens:,} tokens: validation loss {loss:.4f}, {bpb:.4f} bits per byte')
 if comm.tokens and world > 1:
     mine, plain = comm.bytes / comm.tokens, theta.nbytes / batch_tokens
-    log(f'communication of this process: {mine:.3f} bytes a token, where data parallel takes {plain:.3f}: {plain / mine:.1f} times less')
+    log(f'communication of this process: {mine:.3f} bytes a token, where data parallel takes {plain:.3f}: '
+        f'{plain / mine:.1f} times less')
 if rank == 0:
     path = snapshot(out_dir, final=True, val=loss, val_bpb=bpb)
     log(f'saved {path}' if path else 'the last snapshot is not saved')

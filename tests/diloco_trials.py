@@ -1,7 +1,7 @@
 """The long measurements of train_diloco.py; each writes a table under results/diloco/.
 
     python tests/diloco_trials.py learning     # 4 workers and H=50 against data parallel, at equal tokens
-    python tests/diloco_trials.py failures kill|stop|link|host # between rounds, inside a round, in a collective; link needs root and ip
+    python tests/diloco_trials.py failures kill   # or stop, link (needs root and ip), host: between rounds, inside, in a collective
     python tests/diloco_trials.py s3           # the server is away for a minute; kills during uploads
     python tests/diloco_trials.py ten          # ten nodes, of which one is killed and one joins
     python tests/diloco_trials.py sync         # seconds of a round's exchange at 10 Gbps, 1 Gbps, 100 Mbps, one of them measured
@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -46,32 +47,35 @@ def data(folder):
 
 
 def learning(folder, keep=''):
-    """About 12 minutes a run on one core. With a folder named, what is there already is gone on with."""
-    folder = keep or folder
-    where = [data(folder), '--device=cpu', '--dtype=float32']
-    for script, name, args in (('train_diloco.py', 'diloco', [os.path.join(REPO, 'config', 'diloco_pysrc.py'), '--eval_rounds=0']),
-                               ('train.py', 'dp4e-3', [*SHAPE, '--learning_rate=4e-3']), ('train.py', 'dp8e-3', [*SHAPE, '--learning_rate=8e-3'])):
-        subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=4', os.path.join(REPO, script),
-                        *args, *where, f'--out_dir={folder}/{name}'], env={**os.environ, 'OMP_NUM_THREADS': '1'}, check=True)
-    def loss(name):
-        with open(max(glob.glob(f'{folder}/{name}/*_final.json'))) as file:
-            losses = json.load(file)['losses']
-        return losses.get('final_val', losses['val'])
-    rows = rounds(f'{folder}/diloco')
+    """About 12 minutes a run on one core, three runs. With a folder named, what is there already is gone on with."""
+    folder = os.path.abspath(keep or folder)
+    losses = {}
+    for name, args in (('data parallel, learning rate 4e-3', ['train.py', *SHAPE, '--learning_rate=4e-3']),
+                       ('data parallel, learning rate 8e-3', ['train.py', *SHAPE, '--learning_rate=8e-3']),
+                       ('DiLoCo, learning rate 4e-3', ['train_diloco.py', 'config/diloco_pysrc.py', '--eval_rounds=0'])):
+        out = os.path.join(folder, re.sub(r'\W+', '_', name))
+        subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=4', *args, data(folder), '--device=cpu',
+                        '--dtype=float32', f'--out_dir={out}'], env={**os.environ, 'OMP_NUM_THREADS': '1'}, cwd=REPO, check=True)
+        with open(max(glob.glob(f'{out}/*_final.json'))) as file:
+            manifest = json.load(file)
+        losses[name] = manifest['losses'].get('final_val', manifest['losses']['val'])
+    rows = rounds(out)  # a process counts its own bytes, from 0
     sent = sum(row['bytes'] - (rows[r - 1]['bytes'] if r > 1 and rows[r - 1]['bytes'] < row['bytes'] else 0) for r, row in rows.items())
-    with open(f'{folder}/diloco/worker_00/log.txt') as file:
+    with open(f'{out}/worker_00/log.txt') as file:
         params = int(file.read().partition(' parameters')[0].split()[-1].replace(',', ''))
-    tokens = rows[len(rows)]['tokens']
-    sent, plain = sent * 4 / tokens, params * 4 / 2048  # of one worker, a token of its own
+    tokens, plain = manifest['tokens'], params * 4 / 2048
+    mine = sent * 4 / tokens
     report('learning', 'Validation loss at equal tokens: DiLoCo against data parallel', [
-        f'{params:,} parameters from scratch, pysrc, {tokens:,} tokens in 2,000 steps of 8,192 (2,048 of each of 4 workers), AdamW, the same '
-        'schedule with 200 steps of warmup, whole validation split, fp32.', '',
-        '| run | steps between exchanges | validation loss (nats) | of DiLoCo against it | bytes a token and worker, whole run |',
-        '|---|---|---|---|---|',
-        *[f'| data parallel: train.py, learning rate {name[2:]} | 1 | {loss(name):.4f} | {loss("diloco") / loss(name) - 1:+.1%} | {plain:.1f} |'
-          for name in ('dp4e-3', 'dp8e-3')],
-        f'| DiLoCo: train_diloco.py, learning rate 4e-3, {len(rows)} rounds, outer lr and momentum 0.8, bf16, no warm-up rounds | 50 | '
-        f'{loss("diloco"):.4f} | | {sent:.3f} ({plain / sent:.1f} times less) |'], 'python tests/diloco_trials.py learning')
+        f'{params:,} parameters from scratch, pysrc, {tokens:,} tokens in 2,000 steps of 8,192 (2,048 of each of 4 workers), AdamW, 200 steps '
+        'of warmup, cosine, fp32, whole validation split; one seed. DiLoCo: 40 rounds of H = 50, outer lr and momentum 0.8, bf16 on the wire, '
+        'no warm-up rounds. Data parallel sends 4 bytes a parameter in each step. How the settings were found: `search.md`.', '',
+        '| run | validation loss (nats) | DiLoCo against it | bytes a token and worker, whole run |', '|---|---|---|---|',
+        *[f'| {name} | {loss:.4f} | ' + (f'{list(losses.values())[-1] / loss - 1:+.1%} | {plain:.1f} |' if 'parallel' in name else
+                                         f'| {mine:.3f} ({plain / mine:.1f} times less) |') for name, loss in losses.items()], '',
+        'The commands:', '',
+        f'    torchrun --standalone --nproc_per_node=4 train.py {" ".join(SHAPE)} --learning_rate=4e-3 --device=cpu --dtype=float32',
+        '    torchrun --standalone --nproc_per_node=4 train_diloco.py config/diloco_pysrc.py --device=cpu --dtype=float32'],
+        'python tests/diloco_trials.py learning')
 
 
 def start(folder, names, args, **kwargs):
@@ -92,7 +96,7 @@ def check(folder):
     return 'ok' if read == list(range(len(read))) and sorted(rows) == list(range(1, len(rows) + 1)) else 'WRONG'
 
 
-def failures(folder, kind):
+def failures(folder, kind='kill'):
     """Three nodes; the third is lost (kill: kill -9; stop: SIGSTOP; link: its network; host: the first instead) at three moments, and comes back."""
     args = [*TINY, data(folder), '--max_tokens=0', '--max_rounds=100000', '--timeout=10', '--H=60', '--run_name=r']
     net, port, nodes = Net(3) if kind == 'link' else None, free_port(), []
@@ -282,7 +286,7 @@ def s3(folder):
             until(lambda: 'going on from round' in text() or process.poll() is not None, 120)
             round_ = text().partition('going on from round ')[2].split()[0]
             assert int(round_) == newest_there and 'STEPPING BACK' not in text(), text()
-            lines.append(f'| {len(lines) - 4} | {newest_there} | {loose}, and {parts} multipart upload{"s" * (parts != 1)} not complete | {round_} |')
+            lines.append(f'| {len(lines) - 5} | {newest_there} | {loose}, and {parts} multipart upload{"s" * (parts != 1)} not complete | {round_} |')
             print(lines[-1], flush=True)
             until(lambda: f'uploaded round {newest_there + 1}' in text() or newest(where) > newest_there + 20, 120)
     finally:

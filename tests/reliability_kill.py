@@ -1,4 +1,6 @@
-"""kill -9 a training run at random instants while it writes checkpoints: python tests/reliability_kill.py [kills [seed [seconds]]]
+"""kill -9 a training run at random instants while it writes checkpoints.
+
+    python tests/reliability_kill.py [kills [seed [seconds]]]
 
 Each restart must go on from a whole checkpoint, not older than the last one that was reported as saved; nothing piles
 up; and in the end the run has the weights, bit for bit, of one that was never killed. Prints the figures; a time limit
@@ -64,7 +66,8 @@ if __name__ == '__main__':
         begin, signals = time.time(), []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: signals.append(number))
-        counts = kill_many(folder, kills, seed, ['--n_embd=64'], lambda: not signals and time.time() < begin + seconds)
+        in_time = lambda: not signals and time.time() < begin + seconds
+        counts = kill_many(folder, kills, seed, ['--n_embd=64'], in_time)
         print(f'{counts["kills"]} kills in {time.time() - begin:.0f} s, {Run.count} processes; all restarts went on from '
               'the last checkpoint reported as saved or a newer one; final weights equal those of a run never killed')
         for name, count in counts.items():

@@ -291,8 +291,8 @@ def test_unfinished_ones_do_not_exist(tmp_path):
 
 
 def test_kill_anywhere(tmp_path):
-    counts = kill_many(tmp_path, 15)
-    assert counts['restarts that went on'] >= 8 and counts['torn files met'] == 0
+    counts = kill_many(tmp_path, 8)
+    assert counts['restarts that went on'] >= 3 and counts['torn files met'] == 0
 
 
 def test_training_steps_back_loudly(tmp_path, data):

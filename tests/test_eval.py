@@ -294,6 +294,7 @@ def test_needle_sees_success_and_failure(tiny, knobs):
 
 
 def test_make_passkey(tmp_path):
+    pytest.importorskip('datasets')  # which prepare.py reads jsonl with
     evaluate(tmp_path, '--make_passkey=data/passkey')
     meta = load_meta(str(tmp_path / 'data' / 'passkey'))
     tokens = np.fromfile(tmp_path / 'data' / 'passkey' / 'val.bin', np.uint16)

@@ -589,7 +589,7 @@ def test_kill_anywhere(tmp_path):
     big_file(tmp_path, 16)
     folder = tmp_path / 'data' / 'big'
     seen, chance = set(), random.Random(3)
-    for attempt in range(12):
+    for attempt in range(8):
         shutil.rmtree(folder, ignore_errors=True)
         process = start(*BIG, cwd=tmp_path)
         wait_for(folder / ('.lock' if attempt % 2 else 'val.bin.tmp'), process)

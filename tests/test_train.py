@@ -154,7 +154,7 @@ def test_resume_is_exact_with_two_ranks(tmp_path, data, optimizer, dtype):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_stop_saves(tmp_path, data, number):
     args = (data, '--max_iters=3000', '--log_interval=1')
-    if number == signal.SIGINT:  # nobody reads stderr any more: Ctrl-C ends `| tee log` too
+    if number == signal.SIGINT:  # even when stderr cannot be written to
         os.symlink('/dev/full', tmp_path / f'run{Run.count + 1}.err')
     run = start(tmp_path, *args).until('step      3').kill(number).wait()
     assert run.code == 0 and f'stopped by {number.name} at step' in run.out and 'goes on from there' in run.out
@@ -168,17 +168,15 @@ def test_stop_saves(tmp_path, data, number):
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_stop_in_the_last_evaluation(tmp_path, ranks):
     """The whole validation split takes long: a signal breaks it off, and the same command evaluates again."""
-    args = ('--dataset=' + make_data(tmp_path, text='some words, a number: 123\n' * 12000), '--max_iters=4',
+    args = ('--dataset=' + make_data(tmp_path, text='some words, a number: 123\n' * 8000), '--max_iters=4',
             '--eval_interval=0', '--final_eval_tokens=0', '--micro_batch_size=1')
-    for said, then in (('step      4', 'saved out/step_000004.pt'), ('going on from out/step_000004.pt', 'stopped')):
-        runs = train_ranks(tmp_path, 2, *args, code=None) if ranks == 2 else [start(tmp_path, *args)]
-        runs[0].until(said)
-        time.sleep(0.1)
-        runs[-1].kill(signal.SIGTERM)
-        assert [run.wait().code for run in runs] == [0] * ranks, runs[0].err
-        assert then in runs[0].out and 'at step 4; the same command goes on' in runs[0].out, runs[0].out
-        assert sorted(os.listdir(tmp_path / 'out'))[2:] == ['step_000004.json', 'step_000004.pt']
-    train(tmp_path, *args, '--final_eval_tokens=512')
+    runs = train_ranks(tmp_path, 2, *args, code=None) if ranks == 2 else [start(tmp_path, *args)]
+    runs[0].until('step      4')
+    runs[-1].kill(signal.SIGTERM)
+    assert [run.wait().code for run in runs] == [0] * ranks, runs[0].err
+    assert 'saved out/step_000004.pt' in runs[0].out and 'at step 4; the same command goes on' in runs[0].out
+    assert sorted(os.listdir(tmp_path / 'out'))[2:] == ['step_000004.json', 'step_000004.pt']
+    assert 'going on from out/step_000004.pt' in train(tmp_path, *args, '--final_eval_tokens=512').out
     assert 4 in metrics(tmp_path / 'out', 'final_val_loss')
 
 
@@ -190,6 +188,12 @@ def test_a_rank_is_killed(tmp_path, data):
     assert run.code == 1 and 'error: rank 0 of 2 has lost another one' in run.err and 'Traceback' not in run.err
     again = start(tmp_path, data, '--max_iters=3000').until('step  ').kill().wait()
     assert 'going on from out/step_' in again.out
+
+
+def test_ranks_that_differ_are_refused(tmp_path, data):
+    one, two = train_ranks(tmp_path, 2, data, '--max_iters=3', code=None, last=['--seed=5'])
+    assert two.wait().code == 2 and 'error: seed is 1337 in rank 0 and 5 here: all ranks need the same' in two.err
+    assert one.wait().code == 1 and 'lost another one' in one.err and 'step  ' not in one.out
 
 
 def test_all_ranks_stop_at_the_same_step(tmp_path, data):

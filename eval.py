@@ -1057,7 +1057,7 @@ def interpret(run):
         hooks.append(block.register_forward_hook(lambda m, args, result, i=i: outputs[i].append(result[0].float())))
         if hasattr(block.mixer, 'project'):
             hooks.append(block.mixer.register_forward_pre_hook(
-                lambda m, args, i=i: decays[i].append(m.project(args[0])[-1].float().cpu())))
+                lambda m, args, i=i: decays[i].append(m.split(*m.project(args[0]))[-1].cpu())))
     with autocast():
         model.hidden(model.embedding(idx), model.init_state(len(idx)))
     for hook in hooks:

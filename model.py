@@ -156,12 +156,10 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=64, floor=
                          f'{tuple(q.shape)}, {tuple(k.shape)}, {tuple(log_decay.shape)}, {tuple(v.shape)}')
     if state is None:
         state = torch.zeros(B, H, K, v.shape[-1], dtype=torch.promote_types(v.dtype, torch.float32), device=v.device)
-    block = 1 << int(math.log2(max(2.0, 80 / max(1.0, -floor))))  # e^40 at the ends of a block: far from overflow, exact in fp32
-    c = max(2, 1 << (min(chunk_size, T) - 1).bit_length())
-    args = q, k, v, log_decay, state, c, min(c, block), floor
+    args = q, k, v, log_decay, state, chunk_size, floor
     if torch.is_grad_enabled() and any(t.requires_grad for t in args[:5]):
-        return checkpoint(_gla_chunks, *args, use_reentrant=False, preserve_rng_state=False)
-    return _gla_chunks(*args)
+        return checkpoint(_gla, *args, use_reentrant=False, preserve_rng_state=False)
+    return _gla(*args)
 
 
 def _scan(update, decay, S):
@@ -184,11 +182,14 @@ def _scan(update, decay, S):
     return torch.addcmul(torch.stack(states, 3), torch.stack(since, 3), starts.unsqueeze(3)).flatten(2, 3)[:, :, :n], S
 
 
-def _gla_chunks(q, k, v, g, S, c, m, floor):
+def _gla(q, k, v, g, S, chunk_size, floor):
     """Chunks of c tokens. Blocks of m tokens are done at once, q and k carrying their decay from and to the block's middle.
     Then neighbours are merged, m = 2m: queries of the second meet keys of the first about their common border, where every
     factor is <= 1. A decay is always a product up to the reference itself, never a quotient of longer ones."""
-    T, dtype, fp, half = q.shape[2], v.dtype, S.dtype, m // 2
+    T, dtype, fp = q.shape[2], v.dtype, S.dtype
+    c = max(2, 1 << (min(chunk_size, T) - 1).bit_length())
+    m = min(c, 1 << int(math.log2(max(2.0, 80 / max(1.0, -floor)))))  # e^40 at the ends of a block: far from overflow, exact in fp32
+    half = m // 2
     if T % c:
         q, k, v, g = (F.pad(t, (0, 0, 0, -T % c)) for t in (q, k, v, g))
     q, k, v, g = (unflatten(t, 2, (-1, m)) for t in (q, k, v, g))  # (B,H,N/m,m,.)
@@ -221,6 +222,21 @@ def linear(x, weight, bias=None):
         y = (weight.float() * x.float()).sum(-1)
         return (y if bias is None else y + bias).to(x.dtype).unsqueeze(0)
     return F.linear(x, weight, bias)
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * x, which keeps gate and x alone, a third less than autograd would. Nothing in place: torch.compile of 2.11
+    makes wrong gradients of that."""
+
+    @staticmethod
+    def forward(ctx, gate, x):
+        ctx.save_for_backward(gate, x)
+        return F.silu(gate) * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, x = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * x, gate), F.silu(gate) * grad
 
 
 class Linear(nn.Linear):
@@ -298,29 +314,42 @@ class GLAMixer(nn.Module):
         return torch.zeros(batch_size, self.n_head, K, K, dtype=torch.float32, device=p.device)  # (B,H,K,V)
 
     def project(self, x):
-        """x (...,C) -> q, k, v (...,H,K) and z (...,C), log_decay (...,H,K) fp32"""
+        """x (...,C) -> q, k, v and output gate side by side (...,4C), and the forget gates before their sigmoid (...,C)"""
+        return self.input(x), self.gate_up(self.gate_down(x))
+
+    def split(self, qkvz, gate):
+        """-> q, k, v (...,H,K) and z (...,C), log_decay (...,H,K) fp32"""
         heads = (self.n_head, -1)
-        q, k, v, z = self.input(x).chunk(4, -1)
-        log_decay = self.floor * torch.sigmoid(self.gate_up(self.gate_down(x)).float())
+        q, k, v, z = qkvz.chunk(4, -1)
+        log_decay = self.floor * torch.sigmoid(gate.float())
         return unflatten(q, -1, heads), unflatten(k, -1, heads), unflatten(v, -1, heads), z, unflatten(log_decay, -1, heads)
 
-    def gated_output(self, o, z):
+    def gated(self, o, z):
         """o (...,H,V), z (...,C) -> (...,C)"""
-        return self.output(F.rms_norm(o.float(), o.shape[-1:], eps=1e-5).flatten(-2).to(z.dtype) * F.silu(z))
+        return F.rms_norm(o.float(), o.shape[-1:], eps=1e-5).flatten(-2).to(z.dtype) * F.silu(z)
 
-    def forward(self, x, state):
-        q, k, v, z, log_decay = self.project(x)  # (B,T,H,K)
+    def attend(self, qkvz, gate, state):
+        """(B,T,4C), (B,T,C) -> (B,T,C), state"""
+        q, k, v, z, log_decay = self.split(qkvz, gate)  # (B,T,H,K)
         if q.dtype == torch.float16:  # too narrow for e^40
             q, k, v = q.float(), k.float(), v.float()
+        o, state = _gla(*(t.transpose(1, 2) for t in (q, k, v, log_decay)), state, self.chunk_size, self.floor)
+        return self.gated(o.transpose(1, 2), z), state
+
+    def forward(self, x, state):
+        qkvz, gate = self.project(x)
         with torch.autocast(x.device.type, enabled=False):
-            o, state = gated_linear_attention(*(t.transpose(1, 2) for t in (q, k, v, log_decay)), state, self.chunk_size, self.floor)
-        return self.gated_output(o.transpose(1, 2), z), state
+            if torch.is_grad_enabled():  # what lies between the products is computed again in backward
+                y, state = checkpoint(self.attend, qkvz, gate, state, use_reentrant=False, preserve_rng_state=False)
+            else:
+                y, state = self.attend(qkvz, gate, state)
+        return self.output(y), state
 
     def step(self, x, state):
-        q, k, v, z, log_decay = self.project(x)  # (B,H,K)
+        q, k, v, z, log_decay = self.split(*self.project(x))  # (B,H,K)
         state = log_decay.exp().unsqueeze(-1) * state + k.float().unsqueeze(-1) * v.float().unsqueeze(-2)
         o = (q.float().unsqueeze(-2) @ state).squeeze(-2)  # (B,H,V)
-        return self.gated_output(o, z), state
+        return self.output(self.gated(o, z)), state
 
 
 class AttentionMixer(nn.Module):
@@ -373,22 +402,6 @@ class AttentionMixer(nn.Module):
         return self.output(y.flatten(1)), (k_cache, v_cache, n + 1)
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of x (...,2F), gate and up its halves; keeps x alone, a third less than autograd would. Nothing in
-    place: torch.compile of 2.11 makes wrong gradients of that."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors[0].chunk(2, -1)
-        return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad), -1)
-
-
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020)"""
 
@@ -399,7 +412,7 @@ class MLP(nn.Module):
         self.output = Linear(hidden, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.output(_SwiGLU.apply(self.input(x)))
+        return self.output(_Gated.apply(*self.input(x).chunk(2, -1)))
 
 
 class Block(nn.Module):

@@ -1033,7 +1033,7 @@ def draw_speed(cells, pairs):
             if value == 'ratio':
                 ax.axhline(1, color='0.4', linewidth=1)
             ax.set(ylabel=label, title=', '.join(case))
-            ax.legend()
+            ax.legend(fontsize=8, framealpha=0.8, frameon=True, edgecolor='none')
         if cases:
             fig.suptitle(f'{cells[0]["model"].rpartition(" ")[0]} on {cells[0]["hardware"]}', fontsize=9, color='0.35')
             pictures.append(save_figure(fig, name))

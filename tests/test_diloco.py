@@ -20,14 +20,15 @@ def data(tmp_path_factory):
     return '--dataset=' + make_data(tmp_path_factory.mktemp('data'))
 
 
-def start(folder, ranks, *args, env=None, each=None):
-    """What torchrun does, without its start-up time and its restarts."""
+def start(folder, ranks, *args, env=None, each=None, one_machine=False):
+    """What torchrun does, without its start-up time and its restarts; one_machine: each rank comes again to its own folder."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
     group = {'WORLD_SIZE': str(ranks), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port} if ranks > 1 else {}
     return [Run(folder, 'train_diloco.py', [*DILOCO, *args, *(each or {}).get(i, [])],
-                env={**(env or {}), **group, **({'RANK': str(i)} if ranks > 1 else {})}) for i in range(ranks)]
+                env={**(env or {}), **group, **({'RANK': str(i)} if ranks > 1 else {}),
+                     **({'LOCAL_RANK': str(i)} if one_machine else {})}) for i in range(ranks)]
 
 
 def diloco(folder, ranks, *args, code=0, **kwargs):
@@ -161,7 +162,8 @@ def test_budget_in_tokens_and_a_finished_run(tmp_path, data):
 def test_resume_is_exact(tmp_path, data):
     for out, stops in (('a', [6]), ('b', [2, 6])):
         for stop in stops:
-            diloco(tmp_path, 2, data, f'--out_dir={out}', f'--max_rounds={stop}', '--schedule=constant', '--warmup_iters=0')
+            diloco(tmp_path, 2, data, f'--out_dir={out}', f'--max_rounds={stop}', '--schedule=constant', '--warmup_iters=0',
+                   one_machine=True)
     a, b = final(tmp_path, 'a'), final(tmp_path, 'b')
     assert a['training'] == b['training'] and all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
 

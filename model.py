@@ -224,6 +224,11 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class _Gated(torch.autograd.Function):
     """silu(gate) * x, which keeps gate and x alone, a third less than autograd would. Nothing in place: torch.compile of 2.11
     makes wrong gradients of that."""
@@ -237,11 +242,6 @@ class _Gated(torch.autograd.Function):
     def backward(ctx, grad):
         gate, x = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * x, gate), F.silu(gate) * grad
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
 
 
 class FNOMixer(nn.Module):

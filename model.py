@@ -135,6 +135,42 @@ def _fir(past, x, taps):
     return _FIR.apply(past, x, taps, spectrum, n)
 
 
+class _ToeplitzFIR(torch.autograd.Function):
+    """The same filter as matrix products, for matrix units: x (C,B,M-1+T) with its past, taps (C,M) -> y (C,B,T). A block of m
+    outputs is a window of m+M inputs times the Toeplitz matrix of the taps. More operations than FFTs, and less memory moved."""
+
+    @staticmethod
+    def forward(ctx, x, taps):
+        ctx.save_for_backward(x, taps)
+        return _correlate(x, taps.flip(1))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, taps = ctx.saved_tensors
+        M, m = taps.shape[1], FIR_BLOCK
+        rows = unflatten(F.pad(dy, (0, -dy.shape[2] % m)), 2, (-1, m)).flatten(1, 2)  # (C,blocks,m)
+        pairs = (rows.mT @ _windows(x, M)).flatten(1)  # [a, i]: output a of a block, input i of its window; its lag is a+M-1-i
+        diagonals = unflatten(F.pad(pairs, (0, m)), 1, (m, -1))[..., :M]  # rows longer by one: (C,m,M), every column one lag
+        dtaps = diagonals.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)).flip(1).to(taps.dtype)
+        return _correlate(F.pad(dy, (M - 1, M - 1)), taps), dtaps
+
+
+FIR_BLOCK = 128  # m
+
+
+def _windows(x, M):
+    """x (C,B,M-1+T) -> (C,blocks,m+M): overlapping windows, a block of m outputs apart"""
+    m, T = FIR_BLOCK, x.shape[2] - M + 1
+    return F.pad(x, (0, -T % m + 1)).unfold(2, m + M, m).contiguous().flatten(1, 2)
+
+
+def _correlate(x, taps):
+    """y[c,b,t] = sum_k taps[c,k] x[c,b,t+k]: x (C,B,M-1+T), taps (C,M) -> (C,B,T)"""
+    M, m, T = taps.shape[1], FIR_BLOCK, x.shape[2] - taps.shape[1] + 1
+    toeplitz = F.pad(taps, (m, m)).unfold(1, m + M, 1).flip(1)[:, :m]  # (C,m,m+M): [a, i] = taps[i - a]
+    return unflatten(_windows(x, M) @ toeplitz.to(x.dtype).mT, 1, (x.shape[1], -1)).flatten(2)[..., :T]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # L: gated linear attention
 
@@ -162,24 +198,43 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=64, floor=
     return _gla(*args)
 
 
-def _scan(update, decay, S):
-    """S <- decay_i S + update_i over i < n: update (B,H,n,K,V), decay (B,H,n,K,1) -> (S before each i (B,H,n,K,V), the last S).
-    Long scans go in groups of 16 side by side, then over the groups: 16 + n / 16 steps one after the other."""
+def _scan(update, decay, S, dtype):
+    """S <- decay_i S + update_i over i < n: update (B,H,n,K,V), decay (B,H,n,K,1) -> (S before each i (B,H,n,K,V) in dtype, the
+    last S). Long scans go in groups of 16, side by side: what each adds, then what each starts from, then each again from there."""
     n, states = update.shape[2], []
-    if n <= 32:
-        for u, d in zip(update.unbind(2), decay.unbind(2)):  # unbind: indexing in a loop costs O(n^2) in backward
-            states.append(S)
-            S = d * S + u
-        return torch.stack(states, 2), S
-    pad = -n % 16
-    update, decay = F.pad(update, (0, 0, 0, 0, 0, pad)), F.pad(decay, (0, 0, 0, 0, 0, pad), value=1.0)
-    local, since, D = torch.zeros_like(update[:, :, ::16]), [], torch.ones_like(decay[:, :, ::16])
-    for u, d in zip(unflatten(update, 2, (-1, 16)).unbind(3), unflatten(decay, 2, (-1, 16)).unbind(3)):
-        states.append(local)
-        since.append(D)
-        local, D = d * local + u, d * D
-    starts, S = _scan(local, D, S)
-    return torch.addcmul(torch.stack(states, 3), torch.stack(since, 3), starts.unsqueeze(3)).flatten(2, 3)[:, :, :n], S
+    if n > 32:
+        pad = -n % 16
+        update, decay = F.pad(update, (0, 0, 0, 0, 0, pad)), F.pad(decay, (0, 0, 0, 0, 0, pad), value=1.0)
+        update, decay = (unflatten(t, 2, (-1, 16)).unbind(3) for t in (update, decay))
+        local, D = update[0], decay[0]
+        for u, d in zip(update[1:], decay[1:]):
+            local, D = d * local + u, d * D
+        start, S = _scan(local, D, S, S.dtype)
+        for u, d in zip(update, decay):
+            states.append(start.to(dtype))
+            start = d * start + u
+        return torch.stack(states, 3).flatten(2, 3)[:, :, :n], S
+    for u, d in zip(update.unbind(2), decay.unbind(2)):  # unbind: indexing in a loop costs O(n^2) in backward
+        states.append(S.to(dtype))
+        S = d * S + u
+    return torch.stack(states, 2), S
+
+
+class _Scan(torch.autograd.Function):
+    """_scan, whose backward is the same recurrence from the end: dupdate_i = G_{i+1} with G_i = decay_i G_{i+1} + dstates_i."""
+
+    @staticmethod
+    def forward(ctx, update, decay, S, dtype):
+        states, S = _scan(update, decay, S, dtype)
+        ctx.save_for_backward(states, decay)
+        return states, S
+
+    @staticmethod
+    def backward(ctx, dstates, dS):
+        states, decay = ctx.saved_tensors
+        G, dS = _scan(dstates.flip(2), decay.flip(2), dS, dS.dtype)
+        G = G.flip(2)
+        return G, (G * states).sum(-1, keepdim=True), dS, None
 
 
 def _gla(q, k, v, g, S, chunk_size, floor):
@@ -196,18 +251,22 @@ def _gla(q, k, v, g, S, chunk_size, floor):
     g = g.to(fp).clamp(floor, 0)
     d1, d2 = g[..., :half, :].sum(-2, keepdim=True), g[..., half:, :].sum(-2, keepdim=True)
     b = g.cumsum(-2) - d1  # (B,H,N/m,m,K) log decay from the middle to t
-    q, k = q * b.exp(), k * (-b).exp()
+    q, k = (t.to(dtype if m == c else fp) for t in (q * b.exp(), k * (-b).exp()))
     o = (q.to(dtype) @ k.to(dtype).mT).tril() @ v
-    d1, d2 = d1.exp(), d2.exp()
-    q, k, decay = q * d1, k * d2, d1 * d2  # now from the block's start and to its end; decay (B,H,N/m,1,K)
+    d1, d2 = d1.exp(), d2.exp()  # decay from the block's start to its middle, and on to its end (B,H,N/m,1,K)
+    if m == c:  # the state goes from middle to middle, where q and k are
+        S, gain = d1[:, :, 0].mT * S, d2 * torch.cat((d1[:, :, 1:], torch.ones_like(d1[:, :, :1])), 2)
+        decay = gain
+    else:  # from here on q comes from the block's start, and k goes to its end
+        q, k, decay, gain = q * d1, k * d2, d1 * d2, torch.ones_like(d1[:, :, ::c // m])
     while m < c:
         (q1, q2), (k1, k2), (v1, v2), (o1, o2), (d1, d2) = (unflatten(t, 2, (-1, 2)).unbind(3) for t in (q, k, v, o, decay))
         o = torch.cat((o1, o2 + (q2.to(dtype) @ k1.to(dtype).mT) @ v1), 3)
         q, k, v, decay = torch.cat((q1, q2 * d1), 3), torch.cat((k1 * d2, k2), 3), torch.cat((v1, v2), 3), d1 * d2
         m *= 2
-    update = (k.to(dtype).mT @ v).to(fp)  # (B,H,n,K,V) what each chunk adds to the state
-    states, S = _scan(update, decay.mT, S)
-    o = o + q.to(dtype) @ states.to(dtype)
+    update = (k.to(dtype).mT @ v) * gain.mT  # (B,H,n,K,V) what each chunk adds to the state
+    states, S = _Scan.apply(update, decay.mT, S, dtype)
+    o = o + q.to(dtype) @ states
     return o.flatten(2, 3)[:, :, :T], S
 
 
@@ -277,7 +336,11 @@ class FNOMixer(nn.Module):
         ring, pos, taps, taps2 = state
         M = taps.shape[0]
         past = ring.index_select(1, (pos + torch.arange(M, device=x.device)) % M).permute(2, 0, 1).to(u.dtype)  # oldest first
-        y = _fir(past[..., 1:], u, taps) * F.silu(z)
+        if torch.compiler.is_compiling() and u.is_cuda and u.dtype == torch.bfloat16:
+            y = _ToeplitzFIR.apply(torch.cat((past[..., 1:], u), -1), taps.t())
+        else:
+            y = _fir(past[..., 1:], u, taps)
+        y = y * F.silu(z)
         ring = torch.cat((past, u[..., -M:]), -1)[..., -M:].permute(1, 2, 0).to(ring.dtype, memory_format=torch.contiguous_format)
         return unflatten(self.output(y.flatten(1).t()), 0, x.shape[:2]), (ring, torch.zeros_like(pos), taps, taps2)
 

@@ -14,7 +14,7 @@ import torch
 
 import eval as ev
 from model import FELA, FELAConfig, save_checkpoint
-from prepare import get_tokenizer, load_meta
+from prepare import ByteTokenizer, get_tokenizer, load_meta
 from runs import REPO, Run, fails, make_data
 
 SHARED = os.path.join(REPO, '..', 'shared', 'data')
@@ -84,6 +84,7 @@ def test_score_is_the_forward_pass_whatever_the_split(tiny):
 
 class Unigram:
     """The same distribution whatever came before."""
+    attention = False
 
     def __init__(self, weights):
         self.log_weights = torch.tensor(np.log(np.array(weights) / np.sum(weights)))
@@ -237,6 +238,15 @@ def test_longctx_reads_exactly_the_context(checkpoint, tiny):
         assert float(row['bpb_low']) <= float(row['bpb']) <= float(row['bpb_high'])
     assert float(table[1]['change_from_16']) == 0 == float(table[1]['change_low'])
     assert (checkpoint / 'long' / 'longctx_bpb.png').stat().st_size > 5000 and 'paper' in run.out
+
+
+@pytest.mark.parametrize('pattern', ['SL', 'A'])
+def test_longctx_of_either_arm(pattern, knobs, tmp_path):
+    (tmp_path / 'text.txt').write_text('one two three four ' * 60)
+    knobs(text_file=str(tmp_path / 'text.txt'), contexts='10,20', blocks=4, block_tokens=50)
+    model = FELA(FELAConfig(vocab_size=257, n_layer=2, n_head=2, n_embd=16, n_modes=8, pattern=pattern))
+    result = ev.longctx(types.SimpleNamespace(model=model, tokenizer=ByteTokenizer(), block_size=10))
+    assert len(result['table']) == 2 and ('KV cache' in result['protocol']) == (pattern == 'A')
 
 
 def test_longctx_of_a_text_in_gpt2_tokens_counts_bytes(gpt2, knobs, tmp_path):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from model import FELA, FELAConfig, GLAMixer, causal_fir, gated_linear_attention, repeat_state, sample
+from model import FELA, FELAConfig, GLAMixer, _ToeplitzFIR, causal_fir, gated_linear_attention, repeat_state, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile('fela', deadline=None, max_examples=40, derandomize=True)
@@ -96,6 +96,17 @@ def test_fir_full_blocked_and_ring_agree(T, M):
             ring[:, t % M] = x[:, t]
             out.append((ring * taps[(t - torch.arange(M)) % M]).sum(1))
         close([causal_fir(x, taps)], [torch.stack(out, 1)], 1e-5)
+
+
+@given(B=st.integers(1, 3), T=st.integers(1, 300), C=st.integers(1, 4), M=st.integers(1, 140), seed=st.integers(0, 999))
+def test_fir_as_matrix_products(B, T, C, M, seed):
+    """What a GPU runs in bf16 when compiled: with the past in front of x, the same outputs and gradients as causal_fir."""
+    g = torch.Generator().manual_seed(seed)
+    x, taps = (torch.randn(*s, generator=g, dtype=torch.double, requires_grad=True) for s in ((B, M - 1 + T, C), (M, C)))
+    dy = torch.randn(B, T, C, generator=g, dtype=torch.double)
+    products = _ToeplitzFIR.apply(x.permute(2, 0, 1), taps.t()).permute(1, 2, 0)
+    fft = causal_fir(x[:, M - 1:], taps, x[:, :M - 1])
+    close((products, *torch.autograd.grad(products, (x, taps), dy)), (fft, *torch.autograd.grad(fft, (x, taps), dy)), 1e-10)
 
 
 def test_gradcheck():
@@ -344,6 +355,9 @@ def test_compiled_equals_eager():
     assert actual[0].item() == pytest.approx(expected[0].item(), abs=1e-5)
     close(actual[1], expected[1], 1e-4)
     close([model.step(idx[:rows, 0], model.init_state(rows))[0] for rows in (1, 2)], steps, 1e-5)
+    x, taps, dy = torch.randn(3, 2, 150, requires_grad=True), torch.randn(3, 20, requires_grad=True), torch.randn(3, 2, 131)
+    fir = _ToeplitzFIR.apply, torch.compile(lambda x, taps: _ToeplitzFIR.apply(x, taps), dynamic=False)
+    close(*([y := f(x, taps), *torch.autograd.grad(y, (x, taps), dy)] for f in fir[::-1]), 1e-5)
 
 
 def test_every_parameter_has_a_group():

@@ -501,6 +501,21 @@ class Block(nn.Module):
 # loss
 
 
+class _Tied(torch.autograd.Function):
+    """weight (V,C), idx (B,T) -> weight[idx] (B,T,C), weight for the head. Backward adds the gradient of the first into that of
+    the second: autograd would make a second table full of zeros (3% of a step at 109M on a CPU)."""
+
+    @staticmethod
+    def forward(ctx, weight, idx):
+        ctx.save_for_backward(idx)
+        return F.embedding(idx, weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, dx, dw):
+        idx, = ctx.saved_tensors
+        return dw.index_put_((idx,), dx.to(dw.dtype), accumulate=True), None  # deterministic on CUDA
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of softmax(x weight^T), its gradients computed in forward so that logits exist for few rows at a
     time: x (N,C), weight (padded vocabulary,C), targets (N,) with -1 ignored. Products in the dtype of x, sums in fp32."""
@@ -680,10 +695,11 @@ class FELA(nn.Module):
         reduction 'mean' over the targets, or 'none' for the loss per token (B,T)."""
         B, T = idx.shape
         rows = max(1, self.segment(idx.device) // T) if not self.attention else B
-        h = torch.cat([self.hidden(x, self.init_state(len(x)))[0] for x in self.embedding(idx).split(rows)])
+        x, weight = _Tied.apply(self.embedding.weight, idx)
+        h = torch.cat([self.hidden(part, self.init_state(len(part)))[0] for part in x.split(rows)])
         if torch.is_autocast_enabled(idx.device.type):
             h = h.to(torch.get_autocast_dtype(idx.device.type))
-        weight, V = self.embedding.weight, self.config.vocab_size
+        V = self.config.vocab_size
         if targets is None:
             return F.linear(h, weight.to(h.dtype))[..., :V], None
         with torch.autocast(idx.device.type, enabled=False):

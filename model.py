@@ -341,7 +341,7 @@ class FNOMixer(nn.Module):
         else:
             y = _fir(past[..., 1:], u, taps)
         y = y * F.silu(z)
-        ring = torch.cat((past, u[..., -M:]), -1)[..., -M:].permute(1, 2, 0).to(ring.dtype, memory_format=torch.contiguous_format)
+        ring = torch.cat((past, u[..., -M:]), -1)[..., -M:].permute(1, 2, 0).to(ring.dtype).contiguous()
         return unflatten(self.output(y.flatten(1).t()), 0, x.shape[:2]), (ring, torch.zeros_like(pos), taps, taps2)
 
     def step(self, x, state):

@@ -502,8 +502,8 @@ class Block(nn.Module):
 
 
 class _Tied(torch.autograd.Function):
-    """weight (V,C), idx (B,T) -> weight[idx] (B,T,C), weight for the head. Backward adds the gradient of the first into that of
-    the second: autograd would make a second table full of zeros (3% of a step at 109M on a CPU)."""
+    """weight (padded vocabulary,C), idx (B,T) -> weight[idx] (B,T,C), weight for the head. Backward adds the gradient of the
+    first into that of the second: autograd would fill a second table with zeros (6% of a step of 1,024 tokens on a CPU)."""
 
     @staticmethod
     def forward(ctx, weight, idx):
@@ -513,7 +513,9 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx, dw):
         idx, = ctx.saved_tensors
-        return dw.index_put_((idx,), dx.to(dw.dtype), accumulate=True), None  # deterministic on CUDA
+        if dw.is_cuda:  # index_add_ differs from run to run there
+            return dw.add_(torch.ops.aten.embedding_dense_backward(dx, idx, len(dw), -1, False)), None
+        return dw.index_add_(0, idx.flatten(), dx.flatten(0, 1).to(dw.dtype)), None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

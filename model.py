@@ -749,7 +749,7 @@ class FELA(nn.Module):
                 if a is not b and isinstance(a, torch.Tensor):
                     a.copy_(b)
 
-        def step(token):
+        def step(token, state=state):  # the graph reads and writes this state: it has to live as long
             idx.copy_(token)
             graph.replay()
             return logits

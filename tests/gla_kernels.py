@@ -2,7 +2,7 @@
 Our gated_linear_attention beside chunk_gla of flash-linear-attention (Triton), on a GPU: milliseconds, forward and forward with
 backward, medians of runs in turn, and the relative error against the recurrence in fp64. Needs the package fla-core.
 
-    python tests/fla.py [tokens=32768] [length=4096]
+    python tests/gla_kernels.py [tokens=32768] [length=4096]
 """
 
 import os

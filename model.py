@@ -1,8 +1,9 @@
 """
 FELA: a causal language model without softmax attention.
 
-Two mixers alternate (pattern 'SSSL'): S, the FNO mixer, is a causal FIR filter per channel computed by FFT;
-L is gated linear attention (GLA). A, softmax attention with rotary positions, is the baseline arm.
+Two mixers alternate (pattern 'SSSL'): S, the FNO mixer, is a causal FIR filter per channel computed by FFT (by matrix
+products where those are faster: a compiled model in bf16 on CUDA); L is gated linear attention (GLA). A, softmax attention with rotary
+positions, is the baseline arm.
 
 Glossary, used in every shape comment
     B batch      T time      C channels (n_embd)      M taps (n_modes)      N tokens, B*T
@@ -135,6 +136,9 @@ def _fir(past, x, taps):
     return _FIR.apply(past, x, taps, spectrum, n)
 
 
+FIR_BLOCK = 128  # m, outputs of a block of _ToeplitzFIR
+
+
 class _ToeplitzFIR(torch.autograd.Function):
     """The same filter as matrix products, for matrix units: x (C,B,M-1+T) with its past, taps (C,M) -> y (C,B,T). A block of m
     outputs is a window of m+M inputs times the Toeplitz matrix of the taps. More operations than FFTs, and less memory moved."""
@@ -153,9 +157,6 @@ class _ToeplitzFIR(torch.autograd.Function):
         diagonals = unflatten(F.pad(pairs, (0, m)), 1, (m, -1))[..., :M]  # rows longer by one: (C,m,M), every column one lag
         dtaps = diagonals.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)).flip(1).to(taps.dtype)
         return _correlate(F.pad(dy, (M - 1, M - 1)), taps), dtaps
-
-
-FIR_BLOCK = 128  # m
 
 
 def _windows(x, M):

@@ -83,13 +83,14 @@ for gate, floor in (('random', GLAMixer.floor), ('at the floor', GLAMixer.floor)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = *(t.to(dtype) for t in (q, k, v)), g, S
         expected = with_gradients(recurrence, [t.double() for t in inputs], do.to(dtype), dS)
-        expected[1][3].add_(1e-30)
-        errors = [with_gradients(lambda *a: gated_linear_attention(*a, c, floor), inputs, do.to(dtype), dS)
-                  for c in (64, 128, 256, 512, 1024)]
-        # the gradient of a gate at e^-20 nearly vanishes beside the terms it is the difference of: it is compared with those
-        scale = [1.0 if i != 3 else expected[1][3].norm() / (expected[1][3].norm() + (expected[1][0] * q.double()).norm()) for i in range(5)]
-        grads = [max((((a.double() - b).norm() / b.norm()) * s).item() for a, b, s in zip(e[1], expected[1], scale)) for e in errors]
-        row(f'gates {gate}, {floor}; the worst of chunk sizes 64 to 1,024', dtype, max(error(e[0], expected[0]) for e in errors), max(grads))
+        # the gradient of a gate at e^-20 nearly vanishes beside the two terms it is the difference of: it is measured by them
+        size = [g.norm() for g in expected[1]]
+        size[3] += (expected[1][0] * q.double()).norm()
+        errors = []
+        for c in (64, 128, 256, 512, 1024):
+            out, grads = with_gradients(lambda *a: gated_linear_attention(*a, c, floor), inputs, do.to(dtype), dS)
+            errors.append((error(out, expected[0]), max(((a - b).norm() / n).item() for a, b, n in zip(grads, expected[1], size))))
+        row(f'gates {gate}, {floor}; the worst of chunk sizes 64 to 1,024', dtype, *map(max, zip(*errors)))
 
 print('\n| network, 4 layers, 2 x 2,048 tokens | dtype | loss | gradients |\n|---|---|---|---|')
 model = FELA(FELAConfig(vocab_size=50257, n_layer=layers, **shape))
@@ -104,12 +105,16 @@ def loss_and_gradients(dtype):
     return [loss.detach().clone()], [p.grad.clone() for p in model.parameters()]
 
 
+def second_run(what, first, second):
+    differ = [n for (n, _), a, b in zip(model.named_parameters(), first, second) if not torch.equal(a, b)]
+    print(f'a second run, {what}: gradients with other bits: {", ".join(differ) or "none"}; largest error {error(second, first):.1e}')
+
+
 exact = loss_and_gradients(torch.float32)
 eager = loss_and_gradients(torch.bfloat16)
 row('eager in bf16 against fp32', torch.bfloat16, *map(error, eager, exact))
 again = loss_and_gradients(torch.bfloat16)
-same = [n for (n, _), a, b in zip(model.named_parameters(), eager[1], again[1]) if not torch.equal(a, b)]
-print(f'a second run, eager: gradients with other bits: {", ".join(same) or "none"}; largest error {error(again[1], eager[1]):.1e}')
+second_run('eager', eager[1], again[1])
 half = FELA(model.config).to(torch.bfloat16)
 half.load_state_dict(model.state_dict())
 for dtype, m in ((torch.float32, model), (torch.bfloat16, half)):
@@ -120,7 +125,8 @@ for dtype, m in ((torch.float32, model), (torch.bfloat16, half)):
         for t in range(1032, 1100):
             logits, state = m.step(idx[:, t], state)
             steps.append(logits)
-        row('prefill and 68 steps against the whole forward: logits', dtype, error([torch.stack(steps[:-1], 1)], [full[:, :-1]]))
+        logits = torch.stack(steps[:-1], 1)
+        row('prefill and 68 steps against the whole forward: logits', dtype, error([logits], [full[:, :-1]]))
 if device == 'cuda':
     with torch.inference_mode():
         eager = half.prefill(idx[:, :1032])[1]
@@ -135,8 +141,8 @@ if device == 'cuda':
             expected, eager = half.step(idx[:, t], eager)
             for step, found in zip((graph, compiled), errors):
                 found.append(error([step(idx[:, t])], [expected]))
-        row('500 steps as a CUDA graph against eager steps: logits, the first and the worst', torch.bfloat16, errors[0][0], max(errors[0]))
-        row('the same, compiled', torch.bfloat16, errors[1][0], max(errors[1]))
+        for what, found in zip(('eager', 'compiled'), errors):
+            row(f'500 {what} steps as a CUDA graph against eager steps: logits, first and worst', torch.bfloat16, found[0], max(found))
 model.compile_blocks()
 for dtype in (torch.bfloat16, torch.float32):
     torch._dynamo.reset()
@@ -144,6 +150,5 @@ for dtype in (torch.bfloat16, torch.float32):
     row('compiled against fp32', dtype, *map(error, compiled, exact))
     if dtype == torch.bfloat16:
         again = loss_and_gradients(dtype)
-        same = [n for (n, _), a, b in zip(model.named_parameters(), compiled[1], again[1]) if not torch.equal(a, b)]
-        print(f'a second run, compiled: gradients with other bits: {", ".join(same) or "none"}; largest error {error(again[1], compiled[1]):.1e}')
+        second_run('compiled', compiled[1], again[1])
 print(f'\n{time.perf_counter() - start:.0f} s')

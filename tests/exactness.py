@@ -92,7 +92,7 @@ for gate, floor in (('random', GLAMixer.floor), ('at the floor', GLAMixer.floor)
             errors.append((error(out, expected[0]), max(((a - b).norm() / n).item() for a, b, n in zip(grads, expected[1], size))))
         row(f'gates {gate}, {floor}; the worst of chunk sizes 64 to 1,024', dtype, *map(max, zip(*errors)))
 
-print('\n| network, 4 layers, 2 x 2,048 tokens | dtype | loss | gradients |\n|---|---|---|---|')
+print(f'\n| network, {layers} layers, 2 x 2,048 tokens | dtype | loss | gradients |\n|---|---|---|---|')
 model = FELA(FELAConfig(vocab_size=50257, n_layer=layers, **shape))
 idx, targets = torch.randint(50257, (2, 2, 2048))
 

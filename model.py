@@ -26,7 +26,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import unflatten  # torch.compile of 2.11 cannot trace the method
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 
@@ -140,36 +139,43 @@ FIR_BLOCK = 128  # m, outputs of a block of _ToeplitzFIR
 
 
 class _ToeplitzFIR(torch.autograd.Function):
-    """The same filter as matrix products, for matrix units: x (C,B,M-1+T) with its past, taps (C,M) -> y (C,B,T). A block of m
-    outputs is a window of m+M inputs times the Toeplitz matrix of the taps. More operations than FFTs, and less memory moved."""
+    """The same filter as matrix products, for matrix units: past (C,B,M), the first of it unused, x (C,B,T), taps (C,M) -> y (C,B,T).
+    A block of m outputs is a window of M+m inputs times the Toeplitz matrix of the taps. More operations than FFTs, and less
+    memory moved. Windows begin at multiples of m and have round sizes, so that they are copied in wide pieces."""
 
     @staticmethod
-    def forward(ctx, x, taps):
-        ctx.save_for_backward(x, taps)
-        return _correlate(x, taps.flip(1))
+    def forward(ctx, past, x, taps):
+        both = torch.cat((past, x), 2)
+        ctx.save_for_backward(both, taps)
+        return _correlate(both, F.pad(taps.flip(1), (1, 0)))
 
     @staticmethod
     def backward(ctx, dy):
-        x, taps = ctx.saved_tensors
+        both, taps = ctx.saved_tensors
         M, m = taps.shape[1], FIR_BLOCK
-        rows = unflatten(F.pad(dy, (0, -dy.shape[2] % m)), 2, (-1, m)).flatten(1, 2)  # (C,blocks,m)
-        pairs = (rows.mT @ _windows(x, M)).flatten(1)  # [a, i]: output a of a block, input i of its window; its lag is a+M-1-i
-        diagonals = unflatten(F.pad(pairs, (0, m)), 1, (m, -1))[..., :M]  # rows longer by one: (C,m,M), every column one lag
-        dtaps = diagonals.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)).flip(1).to(taps.dtype)
-        return _correlate(F.pad(dy, (M - 1, M - 1)), taps), dtaps
+        dpast = dtaps = None
+        if ctx.needs_input_grad[2]:
+            rows = unflatten(F.pad(dy, (0, -dy.shape[2] % m)), 2, (-1, m)).flatten(1, 2)  # (C,blocks,m)
+            pairs = (rows.mT @ _windows(both, M)).flatten(1)  # [a, i]: output a, input i of its window, lag M+a-i
+            diagonals = unflatten(F.pad(pairs, (0, m)), 1, (m, -1))[..., 1:M + 1]  # rows longer by one: (C,m,M), every column one lag
+            dtaps = diagonals.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)).flip(1).to(taps.dtype)
+        dx = _correlate(F.pad(dy, (M * ctx.needs_input_grad[0], M)), F.pad(taps, (0, 1)))
+        if ctx.needs_input_grad[0]:  # not at the start of a sequence
+            dpast, dx = dx.split((M, dy.shape[2]), 2)
+        return dpast, dx, dtaps
 
 
 def _windows(x, M):
-    """x (C,B,M-1+T) -> (C,blocks,m+M): overlapping windows, a block of m outputs apart"""
-    m, T = FIR_BLOCK, x.shape[2] - M + 1
-    return F.pad(x, (0, -T % m + 1)).unfold(2, m + M, m).contiguous().flatten(1, 2)
+    """x (C,B,T+M) -> (C,B*blocks,m+M): overlapping windows, a block of m apart"""
+    m = FIR_BLOCK
+    return F.pad(x, (0, (M - x.shape[2]) % m)).unfold(2, m + M, m).contiguous().flatten(1, 2)
 
 
 def _correlate(x, taps):
-    """y[c,b,t] = sum_k taps[c,k] x[c,b,t+k]: x (C,B,M-1+T), taps (C,M) -> (C,B,T)"""
-    M, m, T = taps.shape[1], FIR_BLOCK, x.shape[2] - taps.shape[1] + 1
-    toeplitz = F.pad(taps, (m, m)).unfold(1, m + M, 1).flip(1)[:, :m]  # (C,m,m+M): [a, i] = taps[i - a]
-    return unflatten(_windows(x, M) @ toeplitz.to(x.dtype).mT, 1, (x.shape[1], -1)).flatten(2)[..., :T]
+    """y[c,b,t] = sum_k taps[c,k] x[c,b,t+k]: x (C,B,T+M), taps (C,M+1) -> (C,B,T)"""
+    M, m = taps.shape[1] - 1, FIR_BLOCK
+    toeplitz = F.pad(taps, (m - 1, m - 1)).unfold(1, m + M, 1).flip(1)  # (C,m,m+M): [a, i] = taps[i - a]
+    return unflatten(_windows(x, M) @ toeplitz.to(x.dtype).mT, 1, (x.shape[1], -1)).flatten(2)[..., :x.shape[2] - M]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,8 +314,8 @@ class FNOMixer(nn.Module):
     """S: y = FIR(u), gated by silu(z). Taps are learned numbers times a fixed exponential window per channel, whose time
     constants run from one token to M, plus a direct path at lag 0.
 
-    State: ring (B,M,C), the last M inputs, where step writes slot pos, the oldest, in place; pos () int64; taps (M,C) fp32,
-    the effective taps; taps2 (2M,C), taps in reverse twice: any M rows of it are the taps rotated to fit the ring."""
+    State: ring (B,C,M), the last M inputs, where step writes slot pos, the oldest; pos () int64; taps (M,C) fp32,
+    the effective taps; taps2 (C,2M), taps in reverse twice: any M columns of it are the taps rotated to fit the ring."""
 
     def __init__(self, config):
         super().__init__()
@@ -328,34 +334,35 @@ class FNOMixer(nn.Module):
 
     def init_state(self, batch_size):
         taps, p = self.effective_taps(), self.output.weight
-        ring = torch.zeros(batch_size, *self.taps.shape, dtype=p.dtype, device=p.device)
-        flipped = taps.detach().flip(0).to(p.dtype)
-        return ring, torch.zeros((), dtype=torch.long, device=p.device), taps, torch.cat((flipped, flipped))
+        ring = torch.zeros(batch_size, *self.taps.t().shape, dtype=p.dtype, device=p.device)
+        flipped = taps.detach().flip(0).t().to(p.dtype)
+        return ring, torch.zeros((), dtype=torch.long, device=p.device), taps, torch.cat((flipped, flipped), 1)
 
     def forward(self, x, state):
         u, z = unflatten(self.input.weight @ x.flatten(0, 1).t(), 1, x.shape[:2]).chunk(2)  # (C,B,T), as _FIR likes it
         ring, pos, taps, taps2 = state
         M = taps.shape[0]
-        past = ring.index_select(1, (pos + torch.arange(M, device=x.device)) % M).permute(2, 0, 1).to(u.dtype)  # oldest first
+        past = ring.index_select(2, (pos + torch.arange(M, device=x.device)) % M).transpose(0, 1).to(u.dtype)  # oldest first
         if torch.compiler.is_compiling() and u.is_cuda and u.dtype == torch.bfloat16:
-            y = _ToeplitzFIR.apply(torch.cat((past[..., 1:], u), -1), taps.t())
+            y = _ToeplitzFIR.apply(past, u, taps.t())
         else:
             y = _fir(past[..., 1:], u, taps)
         y = y * F.silu(z)
-        ring = torch.cat((past, u[..., -M:]), -1)[..., -M:].permute(1, 2, 0).to(ring.dtype).contiguous()
+        ring = torch.cat((past, u[..., -M:]), -1)[..., -M:].transpose(0, 1).to(ring.dtype).contiguous()
         return unflatten(self.output(y.flatten(1).t()), 0, x.shape[:2]), (ring, torch.zeros_like(pos), taps, taps2)
 
     def step(self, x, state):
         u, z = self.input(x).chunk(2, -1)  # (B,C)
         ring, pos, taps, taps2 = state
-        M = ring.shape[1]
-        ring.index_copy_(1, pos.view(1), u.to(ring.dtype).unsqueeze(1))
+        M = ring.shape[2]
+        ring.index_copy_(2, pos.view(1), u.to(ring.dtype).unsqueeze(2))
         if x.is_cuda or torch.compiler.is_compiling():  # no synchronisation; the gather fuses with the sum when compiled
-            rotated = taps2[torch.arange(M, device=x.device) + (M - 1 - pos)]
+            rotated = taps2.unfold(1, M, 1).index_select(1, (M - 1 - pos).view(1)).squeeze(1)
         else:
-            rotated = taps2.narrow(0, M - 1 - int(pos), M)
-        y = (ring * rotated).sum(1).to(u.dtype)
-        return self.output(y * F.silu(z)), (ring, (pos + 1) % M, taps, taps2)
+            rotated = taps2.narrow(1, M - 1 - int(pos), M)
+        y = (ring * rotated).sum(2).to(u.dtype)
+        pos.add_(1).remainder_(M)
+        return self.output(y * F.silu(z)), state
 
 
 class GLAMixer(nn.Module):
@@ -411,8 +418,8 @@ class GLAMixer(nn.Module):
 
     def step(self, x, state):
         q, k, v, z, log_decay = self.split(*self.project(x))  # (B,H,K)
-        state = log_decay.exp().unsqueeze(-1) * state + k.float().unsqueeze(-1) * v.float().unsqueeze(-2)
-        o = (q.float().unsqueeze(-2) @ state).squeeze(-2)  # (B,H,V)
+        state.mul_(log_decay.exp().unsqueeze(-1)).addcmul_(k.float().unsqueeze(-1), v.float().unsqueeze(-2))
+        o = (q.float().unsqueeze(-1) * state).sum(-2)  # (B,H,V); compiled one pass with the line above
         return self.output(self.gated(o, z)), state
 
 
@@ -670,8 +677,8 @@ class FELA(nn.Module):
     def compile_step(self):
         """torch.compile for decoding"""
         options = {'realize_opcount_threshold': 8}  # norms and gates are not computed again for every output of a product
-        if self.norm.weight.is_cuda:
-            options['coordinate_descent_tuning'] = True  # products with one row as fast as memory
+        if self.norm.weight.is_cuda:  # products with one row as fast as memory; kernels that start while the one before ends
+            options |= {'coordinate_descent_tuning': True, 'triton.enable_pdl': True}
         for block in self.blocks:
             block.step = torch.compile(block.step, dynamic=False, options=options)
         self.logits = torch.compile(self.logits, dynamic=False, options=options)
@@ -721,8 +728,8 @@ class FELA(nn.Module):
 
     @torch.inference_mode()
     def step(self, idx, state):
-        """idx (B,), one token a row -> (logits (B,vocab) fp32, state). Writes into the ring buffers of `state`: to go two
-        ways from one state, give each its own repeat_state(state, 1)."""
+        """idx (B,), one token a row -> (logits (B,vocab) fp32, state). Advances `state` in place: to go two ways from one
+        state, give each its own repeat_state(state, 1)."""
         x, new_state = self.embedding(idx), []
         for block, s in zip(self.blocks, state):
             x, s = block.step(x, s)
@@ -745,10 +752,7 @@ class FELA(nn.Module):
         torch.cuda.current_stream(idx.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits, new = self.step(idx, state)
-            for a, b in zip(tree_leaves(state), tree_leaves(new)):
-                if a is not b and isinstance(a, torch.Tensor):
-                    a.copy_(b)
+            logits, _ = self.step(idx, state)
 
         def step(token, state=state):  # the graph reads and writes this state: it has to live as long
             idx.copy_(token)

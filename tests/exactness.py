@@ -57,8 +57,7 @@ def recurrence(q, k, v, g, S):
 
 
 def toeplitz(x, taps):
-    x = torch.nn.functional.pad(x.permute(2, 0, 1), (M - 1, 0))
-    return _ToeplitzFIR.apply(x, taps.t()).permute(1, 2, 0)
+    return _ToeplitzFIR.apply(x.new_zeros(C, len(x), M), x.permute(2, 0, 1), taps.t()).permute(1, 2, 0)
 
 
 print(f'{name} on {torch.cuda.get_device_name() if device == "cuda" else "a CPU"}, torch {torch.__version__}\n')

@@ -100,13 +100,15 @@ def test_fir_full_blocked_and_ring_agree(T, M):
 
 @given(B=st.integers(1, 3), T=st.integers(1, 300), C=st.integers(1, 4), M=st.integers(1, 140), seed=st.integers(0, 999))
 def test_fir_as_matrix_products(B, T, C, M, seed):
-    """What a GPU runs in bf16 when compiled: with the past in front of x, the same outputs and gradients as causal_fir."""
+    """What a GPU runs in bf16 when compiled: the same outputs and gradients as causal_fir, that of the past if it is asked for."""
     g = torch.Generator().manual_seed(seed)
-    x, taps = (torch.randn(*s, generator=g, dtype=torch.double, requires_grad=True) for s in ((B, M - 1 + T, C), (M, C)))
+    past, x, taps = (torch.randn(*s, generator=g, dtype=torch.double, requires_grad=True) for s in ((B, M, C), (B, T, C), (M, C)))
     dy = torch.randn(B, T, C, generator=g, dtype=torch.double)
-    products = _ToeplitzFIR.apply(x.permute(2, 0, 1), taps.t()).permute(1, 2, 0)
-    fft = causal_fir(x[:, M - 1:], taps, x[:, :M - 1])
-    close((products, *torch.autograd.grad(products, (x, taps), dy)), (fft, *torch.autograd.grad(fft, (x, taps), dy)), 1e-10)
+    fft = causal_fir(x, taps, past[:, 1:])
+    expected = torch.autograd.grad(fft, (past, x, taps), dy)
+    for p, inputs in ((past, (past, x, taps)), (past.detach(), (x, taps))):
+        products = _ToeplitzFIR.apply(p.permute(2, 0, 1), x.permute(2, 0, 1), taps.t()).permute(1, 2, 0)
+        close((products, *torch.autograd.grad(products, inputs, dy)), (fft, *expected[-len(inputs):]), 1e-10)
 
 
 def test_gradcheck():
@@ -355,9 +357,10 @@ def test_compiled_equals_eager():
     assert actual[0].item() == pytest.approx(expected[0].item(), abs=1e-5)
     close(actual[1], expected[1], 1e-4)
     close([model.step(idx[:rows, 0], model.init_state(rows))[0] for rows in (1, 2)], steps, 1e-5)
-    x, taps, dy = torch.randn(3, 2, 150, requires_grad=True), torch.randn(3, 20, requires_grad=True), torch.randn(3, 2, 131)
-    fir = _ToeplitzFIR.apply, torch.compile(lambda x, taps: _ToeplitzFIR.apply(x, taps), dynamic=False)
-    close(*([y := f(x, taps), *torch.autograd.grad(y, (x, taps), dy)] for f in fir[::-1]), 1e-5)
+    past, x, taps = (torch.randn(*s, requires_grad=True) for s in ((3, 2, 20), (3, 2, 131), (3, 20)))
+    fir, dy = torch.compile(lambda *a: _ToeplitzFIR.apply(*a), dynamic=False), torch.randn(3, 2, 131)
+    for p, inputs in ((past, (past, x, taps)), (past.detach(), (x, taps))):
+        close(*([y := f(p, x, taps), *torch.autograd.grad(y, inputs, dy)] for f in (fir, _ToeplitzFIR.apply)), 1e-5)
 
 
 def test_every_parameter_has_a_group():

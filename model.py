@@ -139,46 +139,40 @@ FIR_BLOCK = 128  # m, outputs of a block of _ToeplitzFIR
 
 
 class _ToeplitzFIR(torch.autograd.Function):
-    """The same filter as matrix products, for matrix units: past (C,B,M), the first of it unused, x (C,B,T), taps (C,M) -> y (C,B,T).
-    A block of m outputs is a window of M+m inputs times the Toeplitz matrix of the taps. More operations than FFTs, and less
-    memory moved. Windows begin at multiples of m and have round sizes, so that they are copied in wide pieces."""
+    """The same filter as matrix products, for matrix units: past (C,B,M), its first unused so that sizes stay round, x (C,B,T),
+    taps (C,M) -> y (C,B,T). A block of m outputs is a window of M+m inputs times the Toeplitz matrix of the taps. More operations
+    than FFTs, and less memory moved."""
 
     @staticmethod
     def forward(ctx, past, x, taps):
-        both, h = torch.cat((past, x), 2), F.pad(taps.to(x.dtype), (0, 1))
-        ctx.save_for_backward(both, h)
-        ctx.dtype = taps.dtype
-        return _correlate(both, h.flip(1))
+        both = torch.cat((past, x), 2)
+        ctx.save_for_backward(both, taps)
+        return _correlate(both, F.pad(taps.flip(1), (1, 0)))
 
     @staticmethod
     def backward(ctx, dy):
-        both, h = ctx.saved_tensors
-        M, m = h.shape[1] - 1, FIR_BLOCK
-        dpast = dtaps = None
-        if ctx.needs_input_grad[2]:
-            rows = unflatten(F.pad(dy, (0, -dy.shape[2] % m)), 2, (-1, m)).flatten(1, 2)  # (C,blocks,m)
-            pairs = (rows.mT @ _windows(both, M)).flatten(1)  # [a, i]: output a, input i of its window, lag M+a-i
-            diagonals = unflatten(F.pad(pairs, (0, m)), 1, (m, -1))[..., 1:M + 1]  # rows longer by one: (C,m,M), every column one lag
-            dtaps = diagonals.sum(1, dtype=ctx.dtype).flip(1)
-        dx = _correlate(F.pad(dy, (M * ctx.needs_input_grad[0], M)), h)
-        if ctx.needs_input_grad[0]:  # not at the start of a sequence
-            dpast, dx = dx.split((M, dy.shape[2]), 2)
-        return dpast, dx, dtaps
+        both, taps = ctx.saved_tensors
+        M, m = taps.shape[1], FIR_BLOCK
+        rows = unflatten(F.pad(dy, (0, -dy.shape[2] % m)), 2, (-1, m)).flatten(1, 2)  # (C,blocks,m)
+        pairs = (rows.mT @ _windows(both, M)).flatten(1)  # [a, i]: output a of a block, input i of its window; its lag is a+M-i
+        diagonals = unflatten(F.pad(pairs, (0, m)), 1, (m, -1))[..., 1:M + 1]  # rows longer by one: (C,m,M), every column one lag
+        dtaps = diagonals.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)).flip(1).to(taps.dtype)
+        before = M * ctx.needs_input_grad[0]  # at the start of a sequence the past needs no gradient
+        dpast, dx = _correlate(F.pad(dy, (before, M)), F.pad(taps, (0, 1))).split((before, dy.shape[2]), 2)
+        return dpast if before else None, dx, dtaps
 
 
 def _windows(x, M):
     """x (C,B,T+M) -> (C,B*blocks,m+M): overlapping windows, a block of m apart"""
     m = FIR_BLOCK
-    x = F.pad(x, (0, (M - x.shape[2]) % m)).contiguous()
-    C, B, L = x.shape
-    return x.as_strided((C, B, (L - M) // m, m + M), (B * L, L, m, 1)).flatten(1, 2)  # unlike unfold, of a tensor in memory
+    return F.pad(x, (0, (M - x.shape[2]) % m)).unfold(2, m + M, m).contiguous().flatten(1, 2)
 
 
 def _correlate(x, taps):
     """y[c,b,t] = sum_k taps[c,k] x[c,b,t+k]: x (C,B,T+M), taps (C,M+1) -> (C,B,T)"""
     M, m = taps.shape[1] - 1, FIR_BLOCK
     toeplitz = F.pad(taps, (m - 1, m - 1)).unfold(1, m + M, 1).flip(1)  # (C,m,m+M): [a, i] = taps[i - a]
-    return unflatten(_windows(x, M) @ toeplitz.mT, 1, (x.shape[1], -1)).flatten(2)[..., :x.shape[2] - M]
+    return unflatten(_windows(x, M) @ toeplitz.to(x.dtype).mT, 1, (x.shape[1], -1)).flatten(2)[..., :x.shape[2] - M]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,7 +407,7 @@ class GLAMixer(nn.Module):
     def forward(self, x, state):
         qkvz, gate = self.project(x)
         with torch.autocast(x.device.type, enabled=False):
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else torch.compile chooses what to compute again
+            if torch.is_grad_enabled():  # what lies between the products is computed again in backward
                 y, state = checkpoint(self.attend, qkvz, gate, state, use_reentrant=False, preserve_rng_state=False)
             else:
                 y, state = self.attend(qkvz, gate, state)

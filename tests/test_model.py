@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch.utils._pytree import tree_leaves
 
 from model import FELA, FELAConfig, GLAMixer, _ToeplitzFIR, causal_fir, gated_linear_attention, repeat_state, sample
 
@@ -331,6 +332,8 @@ def test_state_has_one_size_and_can_be_repeated():
     for i in range(3):
         b, _ = model.step(torch.tensor([i + 1, i + 1]), repeat_state(state, 1))
         assert (a[i::3] - b).abs().max() < 1e-5
+    _, after = model.step(torch.tensor([1, 1]), state)  # in place: a CUDA graph runs on these tensors again and again
+    assert all(x is y for x, y in zip(tree_leaves(after), tree_leaves(state)))
 
 
 def test_sampling():

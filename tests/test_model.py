@@ -149,12 +149,19 @@ def test_gla_equals_recurrence(B, H, T, K, V, chunk, kind, floor, bound, state, 
 @pytest.mark.parametrize('kind', ['random', 'one', 'floor', 'channels', 'times', 'halves'])
 @pytest.mark.parametrize('floor', [-20.0, GLAMixer.floor])
 def test_gla_in_bf16(kind, floor):
+    """Outputs and gradients; those of the gates are sums in which nearly everything cancels."""
     g = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(2, 2, 200, 16, generator=g).bfloat16() for _ in range(3))
-    log_decay = gates(q.shape, kind, floor, g)
-    o, S = gated_linear_attention(q, k, v, log_decay, None, 64, floor)
-    close((o, S), slow_gla(q.double(), k.double(), v.double(), log_decay.double(), torch.zeros(2, 2, 16, 16).double()), 1e-2)
+    q, k, v, do = (torch.randn(2, 2, 200, 16, generator=g).bfloat16() for _ in range(4))
+    fast = [t.requires_grad_() for t in (q, k, v, gates(q.shape, kind, floor, g))]
+    slow = [t.detach().double().requires_grad_() for t in fast]
+    o, S = gated_linear_attention(*fast, None, 64, floor)
+    expected = slow_gla(*slow, torch.zeros(2, 2, 16, 16).double())
+    close((o, S), expected, 1e-2)
     assert o.dtype == torch.bfloat16 and S.dtype == torch.float32
+    *actual, dg = torch.autograd.grad(o, fast, do)
+    *expected, expected_dg = torch.autograd.grad(expected[0], slow, do.double())
+    close(actual, expected, 1e-2)
+    close((dg,), (expected_dg,), 1e-2)
 
 
 @given(T=st.integers(2, 150), split=st.floats(0, 1), chunk=st.sampled_from([8, 16, 64]), seed=st.integers(0, 99))

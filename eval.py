@@ -968,14 +968,15 @@ def speed(run=None):
     elif not bench.cells:
         die(f'{bench.path}: no cells there')
     pairs, rows = speed_tables(bench.cells), []
-    for f, a in pairs:
-        if a['status'] == 'ok':
-            what = 'ms_per_token' if f['kind'] == 'decode' else 'tokens_per_second'
-            mib = [c['above_bytes'] / 2 ** 20 if c.get('above_bytes') else None for c in (f, a)]
-            rows.append({k: f[k] for k in ('kind', 'length', 'batch', 'dtype', 'compile')} | {
-                'against': a['arm'], 'unit': what.replace('_', ' '), 'FELA': f[what], 'attention': a[what],
-                'times as fast': a['seconds'] / f['seconds'] if a['arm'] != 'A-recompute' else a[what] / f[what],
-                'FELA MiB': mib[0], 'attention MiB': mib[1]})
+    compared = [(f, a) for f, a in pairs if a['status'] == 'ok']
+    alone = [(c, {}) for c in bench.cells if c['arm'] == 'FELA' and c['status'] == 'ok' and all(c is not f for f, _ in compared)]
+    for f, a in sorted(compared + alone, key=lambda pair: bench.cells.index(pair[0])):
+        what = 'ms_per_token' if f['kind'] == 'decode' else 'tokens_per_second'
+        mib = [c['above_bytes'] / 2 ** 20 if c.get('above_bytes') else None for c in (f, a)]
+        ratio = a and (a['seconds'] / f['seconds'] if a['arm'] != 'A-recompute' else a[what] / f[what])
+        rows.append({k: f[k] for k in ('kind', 'length', 'batch', 'dtype', 'compile')} | {
+            'against': a.get('arm'), 'unit': what.replace('_', ' '), 'FELA': f[what], 'attention': a.get(what),
+            'times as fast': ratio or None, 'of the floor': f.get('of_floor'), 'FELA MiB': mib[0], 'attention MiB': mib[1]})
     return record | {'table': rows, 'pictures': draw_speed(bench.cells, pairs) if plots and bench.cells else []}
 
 

@@ -367,7 +367,8 @@ def test_memory_of_a_process_of_its_own(tmp_path, knobs):
     (tmp_path / 'mine.py').write_text('n_layer, n_head, n_embd, n_modes = 2, 2, 64, 8\npattern = "SL"\n')
     knobs(model_config=str(tmp_path / 'mine.py'), vocab_size=100, kinds='train', lengths='4096', repetitions=1,
           arms='FELA')
-    ev.speed()
+    (alone,) = ev.speed()['table']
+    assert alone['FELA'] > 0 and alone['attention'] is None
     (row,) = rows(tmp_path / 'vram.csv')
     assert row['status'] == 'ok' and 2e6 < float(row['above_bytes']) < 1e9
 

@@ -657,7 +657,7 @@ if rank == 0:
     path = snapshot(out_dir, final=True, val=loss, val_bpb=bpb)
     log(f'saved {path}' if path else 'the last snapshot is not saved')
     if s3:
-        if path and s3.newest < run.round:
+        if path and offered < run.round:
             s3.offer(path)
         s3.queue.put('')
         s3.thread.join(600)

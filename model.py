@@ -243,7 +243,7 @@ class _Scan(torch.autograd.Function):
 
 class _Decayed(torch.autograd.Function):
     """x e^b in dtype. The gradient of b takes the product as rounded: the gradient of a gate is a sum over later tokens in which
-    most of q dq and k dk cancel, if both are of the same numbers (in bf16 an error of 5% otherwise)."""
+    most of q dq and k dk cancel, if both are of the same numbers (with `own` below: errors of 1% in bf16 instead of 5 to 13%)."""
 
     @staticmethod
     def forward(ctx, x, b, dtype):

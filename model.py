@@ -248,7 +248,9 @@ class _Decayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, b, dtype):
         decay = b.exp()
-        y = (x * decay).to(dtype)
+        y = x * decay
+        if y.dtype != dtype:  # torch.compile of 2.11 makes wrong gradients where .to() returns its own argument
+            y = y.to(dtype)
         ctx.save_for_backward(decay, y)
         ctx.dtype = x.dtype
         return y

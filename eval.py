@@ -676,7 +676,7 @@ def speed_model(arm, shape, kind):
 
 def speed_call(kind, arm, model, length, batch, compiled, state=None):
     """-> what is timed, a function without arguments; state: of one row after `length` tokens, for decode"""
-    model.__dict__.pop('logits', None)  # as it was before it was compiled
+    model.__dict__.pop('head', None)  # as it was before it was compiled
     for block in model.blocks:
         block._compiled_call_impl = None
         block.__dict__.pop('step', None)
@@ -801,7 +801,7 @@ def ceilings():
     """What this machine can do, the best of several: matrix products, reading and copying memory"""
     found, big = {}, device.startswith('cuda')
     n = 8192 if big else 2048
-    for name in ('float32', 'bfloat16'):
+    for name in dtype.split(','):  # not both: a CPU without bfloat16 takes minutes for it
         a, b = torch.randn(2, n, n, device=device).to(getattr(torch, name))
         found[f'matmul_{name}_tflops'] = 2 * n ** 3 / min(timed(lambda: a @ b) for _ in range(8)) / 1e12
     a = torch.randn(1 << (30 if big else 27), device=device)
@@ -1058,11 +1058,11 @@ def interpret(run):
     outputs, decays, hooks = {i: [] for i in layers}, {i: [] for i in layers}, []
     for i, block in zip(layers, model.blocks):
         hooks.append(block.register_forward_hook(lambda m, args, result, i=i: outputs[i].append(result[0].float())))
-        if hasattr(block.mixer, 'project'):
-            hooks.append(block.mixer.register_forward_pre_hook(
-                lambda m, args, i=i: decays[i].append(m.split(*m.project(args[0]))[-1].cpu())))
+        if hasattr(block.mixer, 'gate_up'):
+            hooks.append(block.mixer.gate_up.register_forward_hook(
+                lambda m, args, gate, i=i, mixer=block.mixer: decays[i].append(mixer.log_decay(gate).cpu())))
     with autocast():
-        model.hidden(model.embedding(idx), model.init_state(len(idx)))
+        model.hidden(model.embedding(idx))
     for hook in hooks:
         hook.remove()
     gates = {i: torch.cat(parts, 1).exp() for i, parts in decays.items() if parts}  # (B,T,H,K)

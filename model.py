@@ -139,27 +139,30 @@ FIR_BLOCK = 128  # m, outputs of a block of _ToeplitzFIR
 
 
 class _ToeplitzFIR(torch.autograd.Function):
-    """The same filter as matrix products, for matrix units: past (C,B,M), its first unused so that sizes stay round, x (C,B,T),
-    taps (C,M) -> y (C,B,T). A block of m outputs is a window of M+m inputs times the Toeplitz matrix of the taps. More operations
-    than FFTs, and less memory moved."""
+    """The same filter as matrix products, for matrix units: past (C,B,M), its first unused so that sizes stay round, or None, x
+    (C,B,T), taps (C,M) -> y (C,B,T). A block of m outputs is a window of M+m inputs times the Toeplitz matrix of the taps. More
+    operations than FFTs, and less memory moved."""
 
     @staticmethod
     def forward(ctx, past, x, taps):
-        both = torch.cat((past, x), 2)
-        ctx.save_for_backward(both, taps)
-        return _correlate(both, F.pad(taps.flip(1), (1, 0)))
+        ctx.save_for_backward(past, x, taps)
+        return _correlate(_after(past, x, taps.shape[1]), F.pad(taps.flip(1), (1, 0)))
 
     @staticmethod
     def backward(ctx, dy):
-        both, taps = ctx.saved_tensors
+        past, x, taps = ctx.saved_tensors
         M, m = taps.shape[1], FIR_BLOCK
         rows = unflatten(F.pad(dy, (0, -dy.shape[2] % m)), 2, (-1, m)).flatten(1, 2)  # (C,blocks,m)
-        pairs = (rows.mT @ _windows(both, M)).flatten(1)  # [a, i]: output a of a block, input i of its window; its lag is a+M-i
+        pairs = (rows.mT @ _windows(_after(past, x, M), M)).flatten(1)  # [a, i]: output a of a block, input i of its window; its lag is a+M-i
         diagonals = unflatten(F.pad(pairs, (0, m)), 1, (m, -1))[..., 1:M + 1]  # rows longer by one: (C,m,M), every column one lag
         dtaps = diagonals.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)).flip(1).to(taps.dtype)
         before = M * ctx.needs_input_grad[0]  # at the start of a sequence the past needs no gradient
         dpast, dx = _correlate(F.pad(dy, (before, M)), F.pad(taps, (0, 1))).split((before, dy.shape[2]), 2)
         return dpast if before else None, dx, dtaps
+
+
+def _after(past, x, M):
+    return F.pad(x, (M, 0)) if past is None else torch.cat((past, x), 2)
 
 
 def _windows(x, M):
@@ -296,13 +299,13 @@ def _gla(q, k, v, g, S, chunk_size, floor):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mixers: forward and step side by side; state in, state out
+# mixers: forward and step side by side; state in, state out. Without a state they start from nothing, and return none
 
 
 def linear(x, weight, bias=None):
-    """F.linear. A compiled decoding step on a CPU has one row as a sum of products instead: it runs at the speed of memory,
-    where matrix products with one row reach half of it."""
-    if torch.compiler.is_compiling() and x.dim() == 2 and x.shape[0] == 1 and x.device.type == 'cpu':
+    """F.linear. A compiled decoding step has one row as a sum of products instead: it runs at the speed of memory, where matrix
+    products with one row reach half of it on a CPU."""
+    if torch.compiler.is_compiling() and x.dim() == 2 and x.shape[0] == 1:
         y = (weight.float() * x.float()).sum(-1)
         return (y if bias is None else y + bias).to(x.dtype).unsqueeze(0)
     return F.linear(x, weight, bias)
@@ -311,6 +314,22 @@ def linear(x, weight, bias=None):
 class Linear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
+
+
+def normed_linear(x, norm, weight, parts=1):
+    """linear(norm(x), weight) of one token a row, x (B,C) -> `parts` equal parts of it"""
+    if torch.compiler.is_compiling() and x.is_cuda and x.shape[0] == 1:
+        return [_normed_row(x, norm, w) for w in weight.chunk(parts)]
+    return linear(norm(x), weight).chunk(parts, -1)
+
+
+def _normed_row(x, norm, weight):
+    """The same for one row, where the sums of the norm are taken beside those of every output: so a compiler makes one kernel of the
+    norm, all parts and what follows, and a small kernel costs a GPU as much time as 10 MB of weights."""
+    x, w = x.float().expand_as(weight), weight.float() * norm.weight.float()  # (outputs,C)
+    mean = x.mean(-1)
+    rstd = ((x * x).mean(-1) - mean * mean + norm.eps).rsqrt()
+    return (((w * x).sum(-1) - mean * w.sum(-1)) * rstd).to(weight.dtype).unsqueeze(0)
 
 
 class _Gated(torch.autograd.Function):
@@ -356,21 +375,24 @@ class FNOMixer(nn.Module):
         flipped = taps.detach().flip(0).t().to(p.dtype)
         return ring, torch.zeros((), dtype=torch.long, device=p.device), taps, torch.cat((flipped, flipped), 1)
 
-    def forward(self, x, state):
+    def forward(self, x, state=None):
         u, z = unflatten(self.input.weight @ x.flatten(0, 1).t(), 1, x.shape[:2]).chunk(2)  # (C,B,T), as _FIR likes it
-        ring, pos, taps, taps2 = state
-        M = taps.shape[0]
-        past = ring.index_select(2, (pos + torch.arange(M, device=x.device)) % M).transpose(0, 1).to(u.dtype)  # oldest first
+        if state is None:
+            M, taps, past = len(self.taps), self.effective_taps(), None
+        else:
+            ring, pos, taps, taps2 = state
+            M = len(taps)
+            past = ring.index_select(2, (pos + torch.arange(M, device=x.device)) % M).transpose(0, 1).to(u.dtype)  # oldest first
+            ring = torch.cat((past, u[..., -M:]), -1)[..., -M:].transpose(0, 1).to(ring.dtype).contiguous()
+            state = ring, torch.zeros_like(pos), taps, taps2
         if torch.compiler.is_compiling() and u.is_cuda and u.dtype == torch.bfloat16:
             y = _ToeplitzFIR.apply(past, u, taps.t())
         else:
-            y = _fir(past[..., 1:], u, taps)
-        y = y * F.silu(z)
-        ring = torch.cat((past, u[..., -M:]), -1)[..., -M:].transpose(0, 1).to(ring.dtype).contiguous()
-        return unflatten(self.output(y.flatten(1).t()), 0, x.shape[:2]), (ring, torch.zeros_like(pos), taps, taps2)
+            y = _fir(u.new_zeros(*u.shape[:2], M - 1) if past is None else past[..., 1:], u, taps)
+        return unflatten(self.output((y * F.silu(z)).flatten(1).t()), 0, x.shape[:2]), state
 
-    def step(self, x, state):
-        u, z = self.input(x).chunk(2, -1)  # (B,C)
+    def step(self, x, norm, state):
+        u, z = normed_linear(x, norm, self.input.weight, 2)  # (B,C)
         ring, pos, taps, taps2 = state
         M = ring.shape[2]
         ring.index_copy_(2, pos.view(1), u.to(ring.dtype).unsqueeze(2))
@@ -402,40 +424,39 @@ class GLAMixer(nn.Module):
         K, p = self.output.in_features // self.n_head, self.output.weight
         return torch.zeros(batch_size, self.n_head, K, K, dtype=torch.float32, device=p.device)  # (B,H,K,V)
 
-    def project(self, x):
-        """x (...,C) -> q, k, v and output gate side by side (...,4C), and the forget gates before their sigmoid (...,C)"""
-        return self.input(x), self.gate_up(self.gate_down(x))
-
-    def split(self, qkvz, gate):
-        """-> q, k, v (...,H,K) and z (...,C), log_decay (...,H,K) fp32"""
+    def split(self, q, k, v, z, gate):
+        """q, k, v, output gate z, forget gate before its sigmoid, all (...,C) -> q, k, v (...,H,K), z, log_decay (...,H,K) fp32"""
         heads = (self.n_head, -1)
-        q, k, v, z = qkvz.chunk(4, -1)
-        log_decay = self.floor * torch.sigmoid(gate.float())
-        return unflatten(q, -1, heads), unflatten(k, -1, heads), unflatten(v, -1, heads), z, unflatten(log_decay, -1, heads)
+        return unflatten(q, -1, heads), unflatten(k, -1, heads), unflatten(v, -1, heads), z, self.log_decay(gate)
+
+    def log_decay(self, gate):
+        return unflatten(self.floor * torch.sigmoid(gate.float()), -1, (self.n_head, -1))
 
     def gated(self, o, z):
         """o (...,H,V), z (...,C) -> (...,C)"""
-        return F.rms_norm(o.float(), o.shape[-1:], eps=1e-5).flatten(-2).to(z.dtype) * F.silu(z)
+        return (F.rms_norm(o.float(), o.shape[-1:], eps=1e-5).to(z.dtype) * unflatten(F.silu(z), -1, o.shape[-2:])).flatten(-2)
 
     def attend(self, qkvz, gate, state):
         """(B,T,4C), (B,T,C) -> (B,T,C), state"""
-        q, k, v, z, log_decay = self.split(qkvz, gate)  # (B,T,H,K)
+        q, k, v, z, log_decay = self.split(*qkvz.chunk(4, -1), gate)  # (B,T,H,K)
         if q.dtype == torch.float16:  # too narrow for e^40
             q, k, v = q.float(), k.float(), v.float()
         o, state = _gla(*(t.transpose(1, 2) for t in (q, k, v, log_decay)), state, self.chunk_size, self.floor)
         return self.gated(o.transpose(1, 2), z), state
 
-    def forward(self, x, state):
-        qkvz, gate = self.project(x)
+    def forward(self, x, state=None):
+        qkvz, gate = self.input(x), self.gate_up(self.gate_down(x))
+        args = qkvz, gate, self.init_state(len(x)) if state is None else state
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():  # what lies between the products is computed again in backward
-                y, state = checkpoint(self.attend, qkvz, gate, state, use_reentrant=False, preserve_rng_state=False)
+                y, S = checkpoint(self.attend, *args, use_reentrant=False, preserve_rng_state=False)
             else:
-                y, state = self.attend(qkvz, gate, state)
-        return self.output(y), state
+                y, S = self.attend(*args)
+        return self.output(y), None if state is None else S
 
-    def step(self, x, state):
-        q, k, v, z, log_decay = self.split(*self.project(x))  # (B,H,K)
+    def step(self, x, norm, state):
+        gate, = normed_linear(x, norm, self.gate_down.weight)
+        q, k, v, z, log_decay = self.split(*normed_linear(x, norm, self.input.weight, 4), self.gate_up(gate))  # (B,H,K)
         state.mul_(log_decay.exp().unsqueeze(-1)).addcmul_(k.float().unsqueeze(-1), v.float().unsqueeze(-2))
         o = (q.float().unsqueeze(-1) * state).sum(-2)  # (B,H,V); compiled one pass with the line above
         return self.output(self.gated(o, z)), state
@@ -467,8 +488,8 @@ class AttentionMixer(nn.Module):
         a, b = t.chunk(2, -1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
-    def forward(self, x, state):
-        k_cache, v_cache, past = state
+    def forward(self, x, state=None):
+        k_cache, v_cache, past = state or (None, None, 0)
         q, k, v = (unflatten(t, -1, (self.n_head, -1)).transpose(1, 2) for t in self.input(x).chunk(3, -1))  # (B,H,T,K)
         q, k = self.rotate(q, past), self.rotate(k, past)
         if past == 0:
@@ -477,11 +498,11 @@ class AttentionMixer(nn.Module):
             k, v = torch.cat((k_cache[:, :, :past], k), 2), torch.cat((v_cache[:, :, :past], v), 2)
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.output(y.transpose(1, 2).flatten(2)), (k, v, past + x.shape[1])
+        return self.output(y.transpose(1, 2).flatten(2)), state and (k, v, past + x.shape[1])
 
-    def step(self, x, state):
+    def step(self, x, norm, state):
         k_cache, v_cache, n = state
-        q, k, v = (unflatten(t, -1, (self.n_head, -1)).unsqueeze(2) for t in self.input(x).chunk(3, -1))  # (B,H,1,K)
+        q, k, v = (unflatten(t, -1, (self.n_head, -1)).unsqueeze(2) for t in normed_linear(x, norm, self.input.weight, 3))  # (B,H,1,K)
         q, k = self.rotate(q, n), self.rotate(k, n)
         if n == k_cache.shape[2]:  # full: double the capacity
             room = k.new_zeros(*k.shape[:2], max(64, n), k.shape[3])
@@ -503,6 +524,10 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.output(_Gated.apply(*self.input(x).chunk(2, -1)))
 
+    def step(self, x, norm):
+        gate, x = normed_linear(x, norm, self.input.weight, 2)
+        return self.output(F.silu(gate) * x)
+
 
 class Block(nn.Module):
     def __init__(self, config, kind):
@@ -512,15 +537,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.n_embd, bias=False)
         self.mlp = MLP(config)
 
-    def forward(self, x, state):
+    def forward(self, x, state=None):
         y, state = self.mixer(self.norm1(x), state)
         x = x + y
         return x + self.mlp(self.norm2(x)), state
 
     def step(self, x, state):
-        y, state = self.mixer.step(self.norm1(x), state)
+        y, state = self.mixer.step(x, self.norm1, state)
         x = x + y
-        return x + self.mlp(self.norm2(x)), state
+        return x + self.mlp.step(x, self.norm2), state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -699,12 +724,15 @@ class FELA(nn.Module):
             options['coordinate_descent_tuning'] = True  # products with one row as fast as memory
         for block in self.blocks:
             block.step = torch.compile(block.step, dynamic=False, options=options)
-        self.logits = torch.compile(self.logits, dynamic=False, options=options)
+        self.head = torch.compile(self.head, dynamic=False, options=options)
 
-    def hidden(self, x, state):
-        """embeddings x (B,T,C) -> (normalised output of the last block (B,T,C), state), in segments that pass their state on."""
+    def hidden(self, x, state=None):
+        """embeddings x (B,T,C) -> (normalised output of the last block (B,T,C), state), in segments that pass their state on. With
+        state None they are the start of a sequence, whose state nobody wants: training."""
         B, T, _ = x.shape
         length = T if self.attention else max(self.segment(x.device) // B, self.config.n_modes)
+        if state is None:
+            state = [None] * len(self.blocks) if T <= length else self.init_state(B)
         outputs = []
         for x in x.split(length, 1):
             new_state = []
@@ -724,7 +752,7 @@ class FELA(nn.Module):
         B, T = idx.shape
         rows = max(1, self.segment(idx.device) // T) if not self.attention else B
         x, weight = _Tied.apply(self.embedding.weight, idx)
-        h = torch.cat([self.hidden(part, self.init_state(len(part)))[0] for part in x.split(rows)])
+        h = torch.cat([self.hidden(part)[0] for part in x.split(rows)])
         if torch.is_autocast_enabled(idx.device.type):
             h = h.to(torch.get_autocast_dtype(idx.device.type))
         V = self.config.vocab_size
@@ -752,10 +780,15 @@ class FELA(nn.Module):
         for block, s in zip(self.blocks, state):
             x, s = block.step(x, s)
             new_state.append(s)
-        return self.logits(self.norm(x)), new_state
+        return self.head(x), new_state
 
     def logits(self, h):
+        """h (B,C), normalised -> (B,vocab) fp32"""
         return linear(h.to(self.embedding.weight.dtype), self.embedding.weight)[:, :self.config.vocab_size].float()
+
+    def head(self, x):
+        """x (B,C), not yet normalised -> (B,vocab) fp32"""
+        return normed_linear(x, self.norm, self.embedding.weight)[0][:, :self.config.vocab_size].float()
 
     @torch.inference_mode()
     def capture_step(self, idx, state):

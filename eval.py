@@ -80,6 +80,7 @@ vocab_size = 0  # with model_config; 0: as its dataset has it, else GPT-2's
 kinds = 'train,prefill,decode'  # what is timed; '': only draw tables and pictures again from cells.jsonl
 arms = 'FELA,A'  # A: attention in every layer; A-math: without fused SDPA; A-recompute: decode without a cache
 compile = 'off'  # off, on or off,on: torch.compile
+checkpoint_activations = False  # train: every block again in backward, for lengths that do not fit
 lengths = '256,1024,4096,16384'  # tokens in a sequence
 batch_tokens = '0'  # sequences in a call: so many tokens / length, at least one; several with commas
 positions = '1,1024,16384,65536'  # decode: tokens read before
@@ -94,7 +95,7 @@ KNOBS = {k: v for k, v in globals().items() if type(v) in (int, float, str, bool
 SUITES = {  # and the knobs that change their results; speed also keeps its own account, cell by cell
     'lm': 'tasks task_data limit max_length', 'longctx': 'text_file contexts blocks block_tokens',
     'needle': 'needle_lengths needle_depths needle_seeds haystack', 'interpret': 'text_file',
-    'speed': 'model_config vocab_size kinds arms compile lengths batch_tokens positions decode_batches repetitions '
+    'speed': 'model_config vocab_size kinds arms compile checkpoint_activations lengths batch_tokens positions decode_batches repetitions '
              'measure_memory max_cell_seconds max_minutes'}
 RED, BLUE, GREY = '#c0392b', '#2c5f8a', '#8a8a8a'
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -669,6 +670,7 @@ def speed_model(arm, shape, kind):
     torch.manual_seed(seed)
     with torch.device(device):
         model = FELA(FELAConfig(**dict(shape[0], pattern=shape[0]['pattern'] if arm == 'FELA' else 'A')))
+    model.checkpoint_activations = checkpoint_activations
     if shape[1] and arm == 'FELA':
         model.load_state_dict(shape[1])
     return model if kind == 'train' else model.to(getattr(torch, dtype)).requires_grad_(False)
@@ -940,6 +942,7 @@ class Bench:
             if kind == 'decode':
                 sizes = [(p, b) for b in numbers(decode_batches) for p in numbers(positions)]
             mode = ('eager', 'graph')[device.startswith('cuda')] if kind == 'decode' else ''
+            mode = 'recomputed' if kind == 'train' and checkpoint_activations else mode
             for compile, (length, batch) in itertools.product(asked[1].split(','), sizes):
                 group = {arm: dict(zip(self.CASE, (kind, arm, length, batch, dtype, compile, mode))) | self.source
                          for arm in arms.split(',') if arm != ('A-math' if kind == 'decode' else 'A-recompute')}
@@ -974,7 +977,7 @@ def speed(run=None):
         what = 'ms_per_token' if f['kind'] == 'decode' else 'tokens_per_second'
         mib = [c['above_bytes'] / 2 ** 20 if c.get('above_bytes') else None for c in (f, a)]
         ratio = a and (a['seconds'] / f['seconds'] if a['arm'] != 'A-recompute' else a[what] / f[what])
-        rows.append({k: f[k] for k in ('kind', 'length', 'batch', 'dtype', 'compile')} | {
+        rows.append({k: f[k] for k in ('kind', 'length', 'batch', 'dtype', 'compile', 'mode')} | {
             'against': a.get('arm'), 'unit': what.replace('_', ' '), 'FELA': f[what], 'attention': a.get(what),
             'times as fast': ratio or None, 'of the floor': f.get('of_floor'), 'FELA MiB': mib[0], 'attention MiB': mib[1]})
     return record | {'table': rows, 'pictures': draw_speed(bench.cells, pairs) if plots and bench.cells else []}

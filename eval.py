@@ -678,7 +678,7 @@ def speed_model(arm, shape, kind):
 
 def speed_call(kind, arm, model, length, batch, compiled, state=None):
     """-> what is timed, a function without arguments; state: of one row after `length` tokens, for decode"""
-    model.__dict__.pop('head', None)  # as it was before it was compiled
+    model.__dict__.pop('norm_logits', None)  # as it was before it was compiled
     for block in model.blocks:
         block._compiled_call_impl = None
         block.__dict__.pop('step', None)

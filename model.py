@@ -316,20 +316,12 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def normed_linear(x, norm, weight, parts=1):
-    """linear(norm(x), weight) of one token a row, x (B,C) -> `parts` equal parts of it"""
-    if torch.compiler.is_compiling() and x.is_cuda and x.shape[0] == 1:
-        return [_normed_row(x, norm, w) for w in weight.chunk(parts)]
-    return linear(norm(x), weight).chunk(parts, -1)
-
-
-def _normed_row(x, norm, weight):
-    """The same for one row, where the sums of the norm are taken beside those of every output: so a compiler makes one kernel of the
-    norm, all parts and what follows, and a small kernel costs a GPU as much time as 10 MB of weights."""
-    x, w = x.float().expand_as(weight), weight.float() * norm.weight.float()  # (outputs,C)
-    mean = x.mean(-1)
-    rstd = ((x * x).mean(-1) - mean * mean + norm.eps).rsqrt()
-    return (((w * x).sum(-1) - mean * w.sum(-1)) * rstd).to(weight.dtype).unsqueeze(0)
+def split_linear(x, weight, parts):
+    """F.linear -> `parts` equal parts of it. A compiled step of one row has them as sums side by side: what combines them, a gate or
+    writing one of them into the ring, then belongs to the same kernel."""
+    if torch.compiler.is_compiling() and x.dim() == 2 and x.shape[0] == 1:
+        return [linear(x, w) for w in weight.chunk(parts)]
+    return linear(x, weight).chunk(parts, -1)
 
 
 class _Gated(torch.autograd.Function):
@@ -391,8 +383,8 @@ class FNOMixer(nn.Module):
             y = _fir(u.new_zeros(*u.shape[:2], M - 1) if past is None else past[..., 1:], u, taps)
         return unflatten(self.output((y * F.silu(z)).flatten(1).t()), 0, x.shape[:2]), state
 
-    def step(self, x, norm, state):
-        u, z = normed_linear(x, norm, self.input.weight, 2)  # (B,C)
+    def step(self, x, state):
+        u, z = split_linear(x, self.input.weight, 2)  # (B,C)
         ring, pos, taps, taps2 = state
         M = ring.shape[2]
         ring.index_copy_(2, pos.view(1), u.to(ring.dtype).unsqueeze(2))
@@ -454,9 +446,8 @@ class GLAMixer(nn.Module):
                 y, S = self.attend(*args)
         return self.output(y), None if state is None else S
 
-    def step(self, x, norm, state):
-        gate, = normed_linear(x, norm, self.gate_down.weight)
-        q, k, v, z, log_decay = self.split(*normed_linear(x, norm, self.input.weight, 4), self.gate_up(gate))  # (B,H,K)
+    def step(self, x, state):
+        q, k, v, z, log_decay = self.split(*split_linear(x, self.input.weight, 4), self.gate_up(self.gate_down(x)))  # (B,H,K)
         state.mul_(log_decay.exp().unsqueeze(-1)).addcmul_(k.float().unsqueeze(-1), v.float().unsqueeze(-2))
         o = (q.float().unsqueeze(-1) * state).sum(-2)  # (B,H,V); compiled one pass with the line above
         return self.output(self.gated(o, z)), state
@@ -500,9 +491,9 @@ class AttentionMixer(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.output(y.transpose(1, 2).flatten(2)), state and (k, v, past + x.shape[1])
 
-    def step(self, x, norm, state):
+    def step(self, x, state):
         k_cache, v_cache, n = state
-        q, k, v = (unflatten(t, -1, (self.n_head, -1)).unsqueeze(2) for t in normed_linear(x, norm, self.input.weight, 3))  # (B,H,1,K)
+        q, k, v = (unflatten(t, -1, (self.n_head, -1)).unsqueeze(2) for t in split_linear(x, self.input.weight, 3))  # (B,H,1,K)
         q, k = self.rotate(q, n), self.rotate(k, n)
         if n == k_cache.shape[2]:  # full: double the capacity
             room = k.new_zeros(*k.shape[:2], max(64, n), k.shape[3])
@@ -522,11 +513,7 @@ class MLP(nn.Module):
         self.output = Linear(hidden, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.output(_Gated.apply(*self.input(x).chunk(2, -1)))
-
-    def step(self, x, norm):
-        gate, x = normed_linear(x, norm, self.input.weight, 2)
-        return self.output(F.silu(gate) * x)
+        return self.output(_Gated.apply(*split_linear(x, self.input.weight, 2)))
 
 
 class Block(nn.Module):
@@ -543,9 +530,9 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)), state
 
     def step(self, x, state):
-        y, state = self.mixer.step(x, self.norm1, state)
+        y, state = self.mixer.step(self.norm1(x), state)
         x = x + y
-        return x + self.mlp.step(x, self.norm2), state
+        return x + self.mlp(self.norm2(x)), state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -724,7 +711,7 @@ class FELA(nn.Module):
             options['coordinate_descent_tuning'] = True  # products with one row as fast as memory
         for block in self.blocks:
             block.step = torch.compile(block.step, dynamic=False, options=options)
-        self.head = torch.compile(self.head, dynamic=False, options=options)
+        self.norm_logits = torch.compile(self.norm_logits, dynamic=False, options=options)
 
     def hidden(self, x, state=None):
         """embeddings x (B,T,C) -> (normalised output of the last block (B,T,C), state), in segments that pass their state on. With
@@ -780,15 +767,14 @@ class FELA(nn.Module):
         for block, s in zip(self.blocks, state):
             x, s = block.step(x, s)
             new_state.append(s)
-        return self.head(x), new_state
+        return self.norm_logits(x), new_state
 
     def logits(self, h):
         """h (B,C), normalised -> (B,vocab) fp32"""
         return linear(h.to(self.embedding.weight.dtype), self.embedding.weight)[:, :self.config.vocab_size].float()
 
-    def head(self, x):
-        """x (B,C), not yet normalised -> (B,vocab) fp32"""
-        return normed_linear(x, self.norm, self.embedding.weight)[0][:, :self.config.vocab_size].float()
+    def norm_logits(self, x):
+        return self.logits(self.norm(x))
 
     @torch.inference_mode()
     def capture_step(self, idx, state):

@@ -109,7 +109,7 @@ def one_line(kind, error, trace):
     if issubclass(kind, (DataError, CheckpointError)):
         die(error)
     if issubclass(kind, OSError):
-        die(f'{error.filename or out_dir}: {error.strerror or error}')
+        die(f'{error.filename or out_dir}: {error.strerror}' if error.errno else error)
     if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         die(f'{device} is out of memory: lower micro_batch_size={micro_batch_size} (batch_tokens can stay), or set '
             f'--checkpoint_activations=True', code=1)
@@ -190,7 +190,8 @@ try:
                               **{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config})
 except ValueError as e:
     die(e)
-model = FELA(model_config).to(device)
+with torch.device(device):  # on a CPU the initial weights of a billion parameters take half a minute
+    model = FELA(model_config)
 model.checkpoint_activations = checkpoint_activations
 optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')

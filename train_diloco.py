@@ -143,7 +143,7 @@ def one_line(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         leave(f'interrupted; the same command goes on from {out_dir}', 130)
     if issubclass(kind, OSError):
-        leave(f'{error.filename or out_dir}: {error.strerror or error}',
+        leave(f'{error.filename or out_dir}: {error.strerror}' if error.errno else str(error),
               2 if issubclass(kind, (PermissionError, NotADirectoryError, FileExistsError)) else 1)
     if issubclass(kind, torch.OutOfMemoryError):
         leave(f'{device} is out of memory; try a smaller micro_batch_size than {micro_batch_size}', 2)
@@ -202,7 +202,8 @@ torch.manual_seed(seed)
 try:
     model_config = FELAConfig(vocab_size=tokenizer.vocab_size,
                               **{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config})
-    model = FELA(model_config).to(device)
+    with torch.device(device):
+        model = FELA(model_config)
 except ValueError as e:
     leave(e, 2)
 if compile == 'on' or compile == 'auto' and device == 'cuda':

@@ -132,7 +132,7 @@ if device == 'cuda':
         graph = half.capture_step(idx[:, 1032], eager)
         half.compile_step()
         compiled = half.capture_step(idx[:, 1032], eager)
-        del half.head
+        del half.norm_logits
         for block in half.blocks:
             del block.step
         errors = [[], []]

@@ -902,7 +902,7 @@ class Bench:
                          f'failed: {type(e).__name__}: {reason}')
         for i in range(repetitions):
             for row in begun.values():
-                if i == 0 or sum(row[1]) < max_cell_seconds:
+                if sum(row[1][1:]) < max_cell_seconds:  # without the first call, which may compile
                     torch.cuda.reset_peak_memory_stats() if cuda else None
                     row[1].append(timed(row[0]))
                     if cuda:  # after a call gradients and outputs are gone, the moments are not

@@ -135,7 +135,10 @@ def _fir(past, x, taps):
     return _FIR.apply(past, x, taps, spectrum, n)
 
 
-FIR_BLOCK = 128  # m, outputs of a block of _ToeplitzFIR
+def _fir_block(N):
+    """m, outputs of a block of _ToeplitzFIR. Its matrices and windows are C (m + M) (m + N/m) numbers, and moving them is its time:
+    fewest at the square root of N. More than 128 were slower for any N (results/h200/NOTES.md)"""
+    return min(128, 1 << (N.bit_length() - 1) // 2)
 
 
 class _ToeplitzFIR(torch.autograd.Function):
@@ -151,7 +154,7 @@ class _ToeplitzFIR(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         past, x, taps = ctx.saved_tensors
-        M, m = taps.shape[1], FIR_BLOCK
+        M, m = taps.shape[1], _fir_block(x[0].numel())
         rows = unflatten(F.pad(dy, (0, -dy.shape[2] % m)), 2, (-1, m)).flatten(1, 2)  # (C,blocks,m)
         pairs = (rows.mT @ _windows(_after(past, x, M), M)).flatten(1)  # [a, i]: output a of a block, input i of its window; its lag is a+M-i
         diagonals = unflatten(F.pad(pairs, (0, m)), 1, (m, -1))[..., 1:M + 1]  # rows longer by one: (C,m,M), every column one lag
@@ -167,13 +170,14 @@ def _after(past, x, M):
 
 def _windows(x, M):
     """x (C,B,T+M) -> (C,B*blocks,m+M): overlapping windows, a block of m apart"""
-    m = FIR_BLOCK
+    m = _fir_block(x.shape[1] * (x.shape[2] - M))
     return F.pad(x, (0, (M - x.shape[2]) % m)).unfold(2, m + M, m).contiguous().flatten(1, 2)
 
 
 def _correlate(x, taps):
     """y[c,b,t] = sum_k taps[c,k] x[c,b,t+k]: x (C,B,T+M), taps (C,M+1) -> (C,B,T)"""
-    M, m = taps.shape[1] - 1, FIR_BLOCK
+    M = taps.shape[1] - 1
+    m = _fir_block(x.shape[1] * (x.shape[2] - M))
     toeplitz = F.pad(taps, (m - 1, m - 1)).unfold(1, m + M, 1).flip(1)  # (C,m,m+M): [a, i] = taps[i - a]
     return unflatten(_windows(x, M) @ toeplitz.to(x.dtype).mT, 1, (x.shape[1], -1)).flatten(2)[..., :x.shape[2] - M]
 

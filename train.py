@@ -299,6 +299,7 @@ if wandb_log and master:
         die('wandb_log=True needs wandb: pip install wandb')
     wandb.init(project=wandb_project, name=wandb_run_name or None, config=config)
 if compile == 'on':
+    torch._dynamo.config.optimize_ddp = False  # it cuts compiled graphs at DDP's buckets: here every block is a graph already
     model.compile_blocks()
 sync = 'forward_sync_buffers' if torch.__version__ >= (2, 13) else 'broadcast_buffers'  # ours are constants
 net = DistributedDataParallel(model, device_ids=[index] if device_type == 'cuda' else None, **{sync: False},

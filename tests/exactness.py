@@ -64,8 +64,8 @@ def toeplitz(x, taps):
 print(f'{name} on {torch.cuda.get_device_name() if device == "cuda" else "a CPU"}, torch {torch.__version__}\n')
 torch.set_default_device(device)
 if 'fir' in parts:
-    print('| filters, T = 4,096, against one fp64 FFT | dtype | y | gradients |\n|---|---|---|---|')
-    x, dy, taps = torch.randn(1, 4096, C), torch.randn(1, 4096, C), torch.randn(M, C) * 0.05
+    print('| filters, T = 16,384, against one fp64 FFT | dtype | y | gradients |\n|---|---|---|---|')
+    x, dy, taps = torch.randn(1, 16384, C), torch.randn(1, 16384, C), torch.randn(M, C) * 0.05
     for dtype in (torch.float32, torch.bfloat16):
         inputs = x.to(dtype), taps
         expected = with_gradients(direct, [t.double() for t in inputs], dy.to(dtype))

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,6 +147,14 @@ def test_resume_is_exact_with_two_ranks(tmp_path, data, optimizer, dtype):
     train(tmp_path, *args, '--out_dir=a')
     assert weights(tmp_path / 'a', 'step_000008_final')['training']['position'] == 64
     assert values(tmp_path / 'a', 'loss') == pytest.approx(before, 1e-2 if dtype == 'bfloat16' else 1e-4)
+
+
+@pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler')
+def test_two_compiled_ranks(tmp_path, data):
+    """torch.compile inside DDP, which would cut its graphs: the same training"""
+    for out_dir, compiled in ('a', 'off'), ('b', 'on'):
+        train_ranks(tmp_path, 2, data, '--max_iters=3', '--pattern=S', '--n_layer=1', f'--compile={compiled}', f'--out_dir={out_dir}')
+    assert values(tmp_path / 'a', 'loss') == pytest.approx(values(tmp_path / 'b', 'loss'), 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ stopping

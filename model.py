@@ -137,7 +137,7 @@ def _fir(past, x, taps):
 
 def _fir_block(N):
     """m, outputs of a block of _ToeplitzFIR. Its matrices and windows are C (m + M) (m + N/m) numbers, and moving them is its time:
-    fewest at the square root of N. More than 128 were slower for any N (results/h200/NOTES.md)"""
+    fewest near the square root of N. Up to the 16,384 tokens of a segment: 256 were slower there (results/h100/NOTES.md)"""
     return min(128, 1 << (N.bit_length() - 1) // 2)
 
 
@@ -156,7 +156,8 @@ class _ToeplitzFIR(torch.autograd.Function):
         past, x, taps = ctx.saved_tensors
         M, m = taps.shape[1], _fir_block(x[0].numel())
         rows = unflatten(F.pad(dy, (0, -dy.shape[2] % m)), 2, (-1, m)).flatten(1, 2)  # (C,blocks,m)
-        pairs = (rows.mT @ _windows(_after(past, x, M), M)).flatten(1)  # [a, i]: output a of a block, input i of its window; its lag is a+M-i
+        # [a, i]: output a of a block, input i of its window; its lag is a+M-i
+        pairs = (rows.mT @ _windows(_after(past, x, M), M)).flatten(1)
         diagonals = unflatten(F.pad(pairs, (0, m)), 1, (m, -1))[..., 1:M + 1]  # rows longer by one: (C,m,M), every column one lag
         dtaps = diagonals.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)).flip(1).to(taps.dtype)
         before = M * ctx.needs_input_grad[0]  # at the start of a sequence the past needs no gradient

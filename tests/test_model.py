@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
 from torch.utils._pytree import tree_leaves
 
-from model import FELA, FELAConfig, GLAMixer, _ToeplitzFIR, causal_fir, gated_linear_attention, repeat_state, sample
+from model import FELA, FELAConfig, GLAMixer, Muon, _ToeplitzFIR, causal_fir, gated_linear_attention, repeat_state, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile('fela', deadline=None, max_examples=40, derandomize=True)
@@ -373,6 +373,25 @@ def test_compiled_equals_eager():
     fir, dy = torch.compile(lambda *a: _ToeplitzFIR.apply(*a), dynamic=False), torch.randn(3, 2, 131)
     for p, inputs in ((past, (past, x, taps)), (past.detach(), (x, taps))):
         close(*([y := f(p, x, taps), *torch.autograd.grad(y, inputs, dy)] for f in (fir, _ToeplitzFIR.apply)), 1e-5)
+
+
+def test_muon_is_torchs():
+    """On a CPU in fp32: the same steps as torch's, which rounds to bf16, and the same state."""
+    torch.manual_seed(0)
+    start = [torch.randn(*shape) for shape in ((8, 8), (40, 16), (5, 30))]
+    runs = []
+    for kind in (Muon, torch.optim.Muon):
+        params = [p.clone().requires_grad_() for p in start]
+        optimizer = kind(params, lr=0.1, weight_decay=0.1, adjust_lr_fn='match_rms_adamw')
+        g = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g)
+            optimizer.step()
+        runs.append((params, [optimizer.state[p]['momentum_buffer'] for p in params], optimizer.state_dict()))
+    close([a - s for a, s in zip(runs[0][0], start)], [a - s for a, s in zip(runs[1][0], start)], 2e-2)
+    close(runs[0][1], runs[1][1], 1e-6)
+    assert runs[0][2]['param_groups'] == runs[1][2]['param_groups']
 
 
 def test_every_parameter_has_a_group():

@@ -87,7 +87,7 @@ positions = '1,1024,16384,65536'  # decode: tokens read before
 decode_batches = '1,16'  # decode: sequences
 repetitions = 7  # of every timing; median and quartiles are kept
 measure_memory = True  # on a CPU one more process for every cell of train and prefill
-max_cell_seconds = 60.0  # a cell ends after this time, and is not begun when one call would take longer
+max_cell_seconds = 60.0  # the repetitions of a cell end after this time, and it is not begun when one call would take longer
 max_minutes = 0.0  # no cell of speed is begun after this time (0: off)
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -95,8 +95,8 @@ KNOBS = {k: v for k, v in globals().items() if type(v) in (int, float, str, bool
 SUITES = {  # and the knobs that change their results; speed also keeps its own account, cell by cell
     'lm': 'tasks task_data limit max_length', 'longctx': 'text_file contexts blocks block_tokens',
     'needle': 'needle_lengths needle_depths needle_seeds haystack', 'interpret': 'text_file',
-    'speed': 'model_config vocab_size kinds arms compile checkpoint_activations lengths batch_tokens positions decode_batches repetitions '
-             'measure_memory max_cell_seconds max_minutes'}
+    'speed': 'model_config vocab_size kinds arms compile checkpoint_activations lengths batch_tokens positions '
+             'decode_batches repetitions measure_memory max_cell_seconds max_minutes'}
 RED, BLUE, GREY = '#c0392b', '#2c5f8a', '#8a8a8a'
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -902,7 +902,7 @@ class Bench:
                          f'failed: {type(e).__name__}: {reason}')
         for i in range(repetitions):
             for row in begun.values():
-                if sum(row[1][1:]) < max_cell_seconds:  # without the first call, which may compile
+                if i == 0 or sum(row[1][1:]) < max_cell_seconds:  # without the first call, which may compile
                     torch.cuda.reset_peak_memory_stats() if cuda else None
                     row[1].append(timed(row[0]))
                     if cuda:  # after a call gradients and outputs are gone, the moments are not
@@ -941,8 +941,8 @@ class Bench:
                            key=lambda size: (math.prod(size), size))
             if kind == 'decode':
                 sizes = [(p, b) for b in numbers(decode_batches) for p in numbers(positions)]
-            mode = ('eager', 'graph')[device.startswith('cuda')] if kind == 'decode' else ''
-            mode = 'recomputed' if kind == 'train' and checkpoint_activations else mode
+            mode = {'decode': ('eager', 'graph')[device.startswith('cuda')], 'prefill': '',
+                    'train': 'recomputed' * checkpoint_activations}[kind]
             for compile, (length, batch) in itertools.product(asked[1].split(','), sizes):
                 group = {arm: dict(zip(self.CASE, (kind, arm, length, batch, dtype, compile, mode))) | self.source
                          for arm in arms.split(',') if arm != ('A-math' if kind == 'decode' else 'A-recompute')}
@@ -1023,13 +1023,13 @@ def draw_speed(cells, pairs):
             inside, lines = [c for c in found if (c['kind'], c['dtype']) == case], {}
             batches = sorted({c['batch'] for c in inside}) if case[0] == 'decode' else [0]
             for c in sorted(inside, key=lambda c: c['tokens_per_second']):  # of several batch sizes the fastest
-                key = list(NAMES).index(c['arm']), c['arm'], c['compile'], c['batch'] if case[0] == 'decode' else 0
+                key = list(NAMES).index(c['arm']), c['arm'], c['compile'], c['mode'], c['batch'] if case[0] == 'decode' else 0
                 lines.setdefault(key, {})[c['length']] = c
-            for (_, arm, compiled, batch), line in sorted(lines.items()):
+            for (_, arm, compiled, mode, batch), line in sorted(lines.items()):
                 xs, best = sorted(line), [line[n] for n in sorted(line)]
                 ax.plot(xs, [c[value] for c in best], '-' if compiled == 'off' else '--', color=COLOURS[arm],
                         marker='osD^v'[batches.index(batch) % 5], label=NAMES[arm] + ', compiled' * (compiled == 'on')
-                        + f', batch {batch}' * bool(batch))
+                        + ', recomputed' * (mode == 'recomputed') + f', batch {batch}' * bool(batch))
                 if band:
                     low, high = ([c[key] for c in best] for key in band)
                     ax.fill_between(xs, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)

@@ -307,10 +307,15 @@ def _gla(q, k, v, g, S, chunk_size, floor):
 # mixers: forward and step side by side; state in, state out. Without a state they start from nothing, and return none
 
 
+def _one_row(x):
+    """A compiled decoding step of one sequence"""
+    return torch.compiler.is_compiling() and x.dim() == 2 and x.shape[0] == 1
+
+
 def linear(x, weight, bias=None):
     """F.linear. A compiled decoding step has one row as a sum of products instead: it runs at the speed of memory, where matrix
     products with one row reach half of it on a CPU."""
-    if torch.compiler.is_compiling() and x.dim() == 2 and x.shape[0] == 1:
+    if _one_row(x):
         y = (weight.float() * x.float()).sum(-1)
         return (y if bias is None else y + bias).to(x.dtype).unsqueeze(0)
     return F.linear(x, weight, bias)
@@ -324,7 +329,7 @@ class Linear(nn.Linear):
 def split_linear(x, weight, parts):
     """F.linear -> `parts` equal parts of it. A compiled step of one row has them as sums side by side: what combines them, a gate or
     writing one of them into the ring, then belongs to the same kernel."""
-    if torch.compiler.is_compiling() and x.dim() == 2 and x.shape[0] == 1:
+    if _one_row(x):
         return [linear(x, w) for w in weight.chunk(parts)]
     return linear(x, weight).chunk(parts, -1)
 
@@ -620,12 +625,12 @@ def chunked_losses(h, weight, targets, vocab_size, rows=1024):
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with adjust_lr_fn='match_rms_adamw', on a CPU with its Newton-Schulz iteration in fp32. torch's is in bf16,
-    which few CPUs have units for: without them it took six times as long as all the rest of a step of the default run."""
+    """torch.optim.Muon (nesterov, adjust_lr_fn='match_rms_adamw'), on a CPU with its Newton-Schulz iteration in fp32. torch's is in
+    bf16, which few CPUs have units for: without them a step of the default run took six times as long."""
 
     @torch.no_grad()
     def step(self, closure=None):
-        if any(p.device.type != 'cpu' for group in self.param_groups for p in group['params']):
+        if closure or any(p.device.type != 'cpu' for group in self.param_groups for p in group['params']):
             return super().step(closure)
         for group in self.param_groups:
             (a, b, c), momentum = group['ns_coefficients'], group['momentum']

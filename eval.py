@@ -683,7 +683,7 @@ def speed_call(kind, arm, model, length, batch, compiled, state=None):
         block._compiled_call_impl = None
         block.__dict__.pop('step', None)
     if compiled:
-        (model.compile_step if kind == 'decode' else model.compile_blocks)()
+        model.compile_step(batch) if kind == 'decode' else model.compile_blocks()
     if kind == 'decode' and arm != 'A-recompute':
         return decode_call(model, state or random_cache(model.config, length, batch), batch)
     generator = torch.Generator().manual_seed(seed)

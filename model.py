@@ -326,6 +326,19 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def _persistent_reductions():
+    """Lets kernels that are tuned by coordinate descent load all of a sum's terms at once, up to 8,192 where torch stops at 1,024"""
+    from torch._inductor import choices, config, virtualized
+
+    class Choices(choices.InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features, cooperative_reduction):
+            if config.coordinate_descent_tuning and virtualized.V.graph.sizevars.statically_known_leq(features.reduction_numel, 8192):
+                return True
+            return choices.InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+    virtualized.V.set_choices_handler(Choices())
+
+
 def split_linear(x, weight, parts):
     """F.linear -> `parts` equal parts of it. A compiled step of one row has them as sums side by side: what combines them, a gate or
     writing one of them into the ring, then belongs to the same kernel."""
@@ -402,7 +415,10 @@ class FNOMixer(nn.Module):
             rotated = taps2.unfold(1, M, 1).index_select(1, (M - 1 - pos).view(1)).squeeze(1)
         else:
             rotated = taps2.narrow(1, M - 1 - int(pos), M)
-        y = (ring * rotated).sum(2).to(u.dtype)
+        inputs = ring
+        if x.is_cuda and torch.compiler.is_compiling():  # slot pos is not read, it may still be being written: see compile_step
+            inputs = u.to(ring.dtype).unsqueeze(2).where(torch.arange(M, device=x.device) == pos, ring)
+        y = (inputs * rotated).sum(2).to(u.dtype)
         pos.add_(1).remainder_(M)
         return self.output(y * F.silu(z)), state
 
@@ -737,11 +753,15 @@ class FELA(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
 
-    def compile_step(self):
-        """torch.compile for decoding"""
+    def compile_step(self, batch_size=1):
+        """torch.compile for decoding so many rows"""
         options = {'realize_opcount_threshold': 8}  # norms and gates are not computed again for every output of a product
         if self.norm.weight.is_cuda:
             options['coordinate_descent_tuning'] = True  # products with one row as fast as memory
+            _persistent_reductions()
+            # A kernel starts while the one before it ends, and asks for its weights meanwhile. With more rows it would be in
+            # cuBLAS's way. torch does not wait for what the kernel before changes in place: of S and L nothing reads that.
+            options['triton.enable_pdl'] = batch_size == 1 and not self.attention
         for block in self.blocks:
             block.step = torch.compile(block.step, dynamic=False, options=options)
         self.norm_logits = torch.compile(self.norm_logits, dynamic=False, options=options)

@@ -108,7 +108,7 @@ except (ValueError, KeyError, OSError) as e:  # CheckpointError and DataError ar
 del state
 model.to(getattr(torch, dtype))
 if compile:
-    model.compile_step()
+    model.compile_step(num_samples)
     model.step(torch.zeros(num_samples, dtype=torch.long, device=device), model.init_state(num_samples))  # compiles
 ids = [tokenizer.eot] if text is None else tokenizer.encode_bytes(text)
 model.eval()

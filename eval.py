@@ -78,7 +78,7 @@ make_passkey = ''  # write a dataset of passkey text to this folder, and end
 model_config = ''  # a config of train.py: its shape with random weights instead of a checkpoint
 vocab_size = 0  # with model_config; 0: as its dataset has it, else GPT-2's
 kinds = 'train,prefill,decode'  # what is timed; '': only draw tables and pictures again from cells.jsonl
-arms = 'FELA,A'  # A: attention in every layer; A-math: without fused SDPA; A-recompute: decode without a cache
+arms = 'FELA,A'  # A: attention in every layer; A-math: without fused SDPA, not compiled; A-recompute: decode without a cache
 compile = 'off'  # off, on or off,on: torch.compile
 checkpoint_activations = False  # train: every block again in backward, for lengths that do not fit
 lengths = '256,1024,4096,16384'  # tokens in a sequence
@@ -821,6 +821,10 @@ def sdpa_backend(config, name):
     return 'unknown'
 
 
+class Skipped(Exception):
+    """Why a cell is not measured"""
+
+
 class Bench:
     """The cells of cells.jsonl: finished ones are kept, new ones written the moment they are measured."""
     CASE = ('kind', 'arm', 'length', 'batch', 'dtype', 'compile', 'mode')
@@ -863,7 +867,7 @@ class Bench:
     def not_too_long(self, key, work):
         """By the pace of the last call of its kind"""
         if (seconds := self.pace.get((*key, dtype, compile), 0) * work) > max_cell_seconds:
-            raise TimeoutError(f'about {seconds:.0f} s a call')
+            raise Skipped(f'about {seconds:.0f} s a call')
 
     def reached(self, model, states, position):
         """The state after `position` tokens"""
@@ -879,6 +883,8 @@ class Bench:
     def begin(self, kind, arm, length, batch, model, states):
         """-> [what is timed, times (that of the first call), memory before and at the peak]"""
         memory, state, case = (None, None), None, (kind, arm, length, batch, compile == 'on')
+        if arm == 'A-math' and compile == 'on':
+            raise Skipped('compiled, it would be the fused kernels of A once more')
         if kind != 'decode':
             self.not_too_long((kind, arm), length * batch * model.flops_per_token(length))
             if device == 'cpu' and measure_memory:
@@ -898,7 +904,7 @@ class Bench:
                 begun[arm] = self.begin(kind, arm, length, batch, models[arm[0]], states)
             except Exception as e:
                 reason = ' '.join(str(e).split())[:150]
-                self.add(cell, status='oom' if out_of_memory(e) else f'skipped: {e}' if isinstance(e, TimeoutError) else
+                self.add(cell, status='oom' if out_of_memory(e) else f'skipped: {e}' if isinstance(e, Skipped) else
                          f'failed: {type(e).__name__}: {reason}')
         for i in range(repetitions):
             for row in begun.values():

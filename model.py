@@ -428,6 +428,7 @@ class GLAMixer(nn.Module):
 
     floor = -1.25  # of log_decay: at least 0.29 of the state is kept a token, so a chunk of 64 is one block
     rank = 16  # of the gate projection
+    eps = 1e-2  # of the norm. The first token's o is its v times q k: where q k is near 0 a small eps has a spike for gradient
 
     def __init__(self, config):
         super().__init__()
@@ -452,7 +453,7 @@ class GLAMixer(nn.Module):
 
     def gated(self, o, z):
         """o (...,H,V), z (...,C) -> (...,C)"""
-        return (F.rms_norm(o.float(), o.shape[-1:], eps=1e-5).to(z.dtype) * unflatten(F.silu(z), -1, o.shape[-2:])).flatten(-2)
+        return (F.rms_norm(o.float(), o.shape[-1:], eps=self.eps).to(z.dtype) * unflatten(F.silu(z), -1, o.shape[-2:])).flatten(-2)
 
     def attend(self, qkvz, gate, state):
         """(B,T,4C), (B,T,C) -> (B,T,C), state"""

@@ -363,6 +363,14 @@ def test_speed_without_a_checkpoint_and_what_does_not_fit(tmp_path, knobs, monke
                      ('A', '16'): 'failed: ValueError: something else'}
 
 
+def test_math_is_not_compiled(tmp_path, knobs):
+    (tmp_path / 'mine.py').write_text('n_layer, n_head, n_embd, n_modes = 1, 2, 16, 8\n')
+    knobs(model_config=str(tmp_path / 'mine.py'), vocab_size=100, kinds='prefill', lengths='16', compile='on', arms='A-math')
+    ev.speed()
+    (row,) = rows(tmp_path / 'throughput.csv')
+    assert row['status'].startswith('skipped: compiled')
+
+
 def test_memory_of_a_process_of_its_own(tmp_path, knobs):
     (tmp_path / 'mine.py').write_text('n_layer, n_head, n_embd, n_modes = 2, 2, 64, 8\npattern = "SL"\n')
     knobs(model_config=str(tmp_path / 'mine.py'), vocab_size=100, kinds='train', lengths='4096', repetitions=1,

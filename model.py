@@ -326,19 +326,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def _persistent_reductions():
-    """Lets kernels that are tuned by coordinate descent load all of a sum's terms at once, up to 8,192 where torch stops at 1,024"""
-    from torch._inductor import choices, config, virtualized
-
-    class Choices(choices.InductorChoices):
-        @staticmethod
-        def should_use_persistent_reduction(features, cooperative_reduction):
-            if config.coordinate_descent_tuning and virtualized.V.graph.sizevars.statically_known_leq(features.reduction_numel, 8192):
-                return True
-            return choices.InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
-    virtualized.V.set_choices_handler(Choices())
-
-
 def split_linear(x, weight, parts):
     """F.linear -> `parts` equal parts of it. A compiled step of one row has them as sums side by side: what combines them, a gate or
     writing one of them into the ring, then belongs to the same kernel."""
@@ -665,6 +652,19 @@ class Muon(torch.optim.Muon):
                     x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 p.sub_(x.t() if len(p) > p.shape[1] else x, alpha=0.2 * group['lr'] * math.sqrt(max(p.shape)))
+
+
+def _persistent_reductions():
+    """Kernels that are tuned by coordinate descent may load all terms of a sum at once up to 8,192 of them; torch stops at 1,024."""
+    from torch._inductor import choices, config, virtualized
+
+    class Choices(choices.InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features, cooperative_reduction):
+            few = virtualized.V.graph.sizevars.statically_known_leq(features.reduction_numel, 8192)
+            default = choices.InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+            return config.coordinate_descent_tuning and few or default
+    virtualized.V.set_choices_handler(Choices())
 
 
 class FELA(nn.Module):

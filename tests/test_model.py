@@ -1,5 +1,6 @@
 """The mathematics: fast paths against slow oracles, splits against wholes, and the published shapes."""
 
+import inspect
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
 from torch.utils._pytree import tree_leaves
 
-from model import FELA, FELAConfig, GLAMixer, Muon, _ToeplitzFIR, causal_fir, gated_linear_attention, repeat_state, sample
+from model import (FELA, FELAConfig, GLAMixer, Muon, _persistent_reductions, _ToeplitzFIR, causal_fir, gated_linear_attention,
+                   repeat_state, sample)
 
 ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile('fela', deadline=None, max_examples=40, derandomize=True)
@@ -389,6 +391,22 @@ def test_compiled_equals_eager():
     fir, dy = torch.compile(lambda *a: _ToeplitzFIR.apply(*a), dynamic=False), torch.randn(3, 2, 131)
     for p, inputs in ((past, (past, x, taps)), (past.detach(), (x, taps))):
         close(*([y := f(p, x, taps), *torch.autograd.grad(y, inputs, dy)] for f in (fir, _ToeplitzFIR.apply)), 1e-5)
+
+
+def test_options_of_compile_step_exist():
+    """What only a GPU runs: the options of torch.compile, and the place where the length of a sum is decided"""
+    from torch._inductor import choices, config
+    from torch._inductor.virtualized import V
+    known = config.get_config_copy()
+    assert {'realize_opcount_threshold', 'coordinate_descent_tuning', 'triton.enable_pdl'} <= known.keys()
+    name = 'should_use_persistent_reduction'
+    before = inspect.signature(getattr(choices.InductorChoices, name))
+    _persistent_reductions()
+    try:
+        ours = getattr(V.choices, name)
+        assert ours.__module__ == 'model' and inspect.signature(ours).parameters.keys() == before.parameters.keys()
+    finally:
+        V.set_choices_handler(choices.InductorChoices())
 
 
 def test_muon_is_torchs():

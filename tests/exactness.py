@@ -154,7 +154,8 @@ if 'steps' in parts:
                     for step, found in zip((graph, compiled), errors):
                         found.append(error([step(idx[:rows, t])], [expected]))
                 for what, found in zip(('eager', 'compiled'), errors):
-                    row(f'500 {what} steps of {rows} rows as a CUDA graph against eager steps: logits, first and worst', torch.bfloat16, found[0], max(found))
+                    row(f'500 {what} steps, {rows} rows, as a CUDA graph against eager steps: logits, first and worst',
+                        torch.bfloat16, found[0], max(found))
 if 'compiled' in parts:
     model.compile_blocks()
     for dtype in (torch.bfloat16, torch.float32):

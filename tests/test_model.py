@@ -1,8 +1,8 @@
 """The mathematics: fast paths against slow oracles, splits against wholes, and the published shapes."""
 
-import inspect
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -393,18 +393,21 @@ def test_compiled_equals_eager():
         close(*([y := f(p, x, taps), *torch.autograd.grad(y, inputs, dy)] for f in (fir, _ToeplitzFIR.apply)), 1e-5)
 
 
-def test_options_of_compile_step_exist():
-    """What only a GPU runs: the options of torch.compile, and the place where the length of a sum is decided"""
+def test_options_of_compile_step():
+    """What only a GPU runs: torch.compile has these options, and asks us how long a sum may be to be loaded at once."""
     from torch._inductor import choices, config
+    from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.virtualized import V
-    known = config.get_config_copy()
-    assert {'realize_opcount_threshold', 'coordinate_descent_tuning', 'triton.enable_pdl'} <= known.keys()
-    name = 'should_use_persistent_reduction'
-    before = inspect.signature(getattr(choices.InductorChoices, name))
+    assert {'realize_opcount_threshold', 'coordinate_descent_tuning', 'triton.enable_pdl'} <= config.get_config_copy().keys()
+    graph = SimpleNamespace(sizevars=SimpleNamespace(statically_known_leq=lambda a, b: a <= b))
     _persistent_reductions()
     try:
-        ours = getattr(V.choices, name)
-        assert ours.__module__ == 'model' and inspect.signature(ours).parameters.keys() == before.parameters.keys()
+        with V.set_graph_handler(graph):
+            for tuned, at_once in (True, (512, 2048, 4416)), (False, (512,)):
+                with config.patch(coordinate_descent_tuning=tuned):
+                    sums = (SimpleNamespace(reduction_numel=n, get_reduction_hint=lambda: ReductionHint.INNER)
+                            for n in (512, 2048, 4416, 10000))
+                    assert at_once == tuple(s.reduction_numel for s in sums if V.choices.should_use_persistent_reduction(s, False))
     finally:
         V.set_choices_handler(choices.InductorChoices())
 

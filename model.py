@@ -1,9 +1,9 @@
 """
 FELA: a causal language model without softmax attention.
 
-Two mixers alternate (pattern 'SSSL'): S, the FNO mixer, is a causal FIR filter per channel computed by FFT (by matrix
-products where those are faster: a compiled model in bf16 on CUDA); L is gated linear attention (GLA). A, softmax attention with rotary
-positions, is the baseline arm.
+Two mixers alternate (pattern 'SSSL'): S, the FNO mixer, is a causal FIR filter per channel computed by FFT (in bf16 on CUDA by
+matrix products, which are faster there); L is gated linear attention (GLA). A, softmax attention with rotary positions, is the
+baseline arm.
 
 Glossary, used in every shape comment
     B batch      T time      C channels (n_embd)      M taps (n_modes)      N tokens, B*T
@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -27,6 +28,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import unflatten  # torch.compile of 2.11 cannot trace the method
 from torch.utils.checkpoint import checkpoint
+
+try:  # comes with torch for CUDA
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 
 @dataclass(frozen=True)
@@ -135,52 +142,80 @@ def _fir(past, x, taps):
     return _FIR.apply(past, x, taps, spectrum, n)
 
 
-def _fir_block(N):
-    """m, outputs of a block of _ToeplitzFIR. Its matrices and windows are C (m + M) (m + N/m) numbers, and moving them is its time:
-    fewest near the square root of N. Up to the 16,384 tokens of a segment: 256 were slower there (results/h100/NOTES.md)"""
-    return min(128, 1 << (N.bit_length() - 1) // 2)
-
-
-class _ToeplitzFIR(torch.autograd.Function):
-    """The same filter as matrix products, for matrix units: past (C,B,M), its first unused so that sizes stay round, or None, x
-    (C,B,T), taps (C,M) -> y (C,B,T). A block of m outputs is a window of M+m inputs times the Toeplitz matrix of the taps. More
-    operations than FFTs, and less memory moved."""
+class _TritonFIR(torch.autograd.Function):
+    """The same filter on matrix units: past (C,B,M), its first unused so that sizes stay round, or None, x (C,B,T), taps (C,M) ->
+    y (C,B,T). A block of m outputs is a window of M+m inputs times the Toeplitz matrix of the taps. More operations than FFTs, but
+    both are read from x and taps as the kernel goes: in memory they would be ten times x."""
 
     @staticmethod
     def forward(ctx, past, x, taps):
-        ctx.save_for_backward(past, x, taps)
-        return _correlate(_after(past, x, taps.shape[1]), F.pad(taps.flip(1), (1, 0)))
+        P, x = (0, x.contiguous()) if past is None else (past.shape[2], torch.cat((past, x), 2))
+        ctx.save_for_backward(x, taps)
+        ctx.P = P
+        with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x):  # Triton runs on the current device
+            return _filter(x, taps, x.shape[2] - P, P)
 
     @staticmethod
     def backward(ctx, dy):
-        past, x, taps = ctx.saved_tensors
-        M, m = taps.shape[1], _fir_block(x[0].numel())
-        rows = unflatten(F.pad(dy, (0, -dy.shape[2] % m)), 2, (-1, m)).flatten(1, 2)  # (C,blocks,m)
-        # [a, i]: output a of a block, input i of its window; its lag is a+M-i
-        pairs = (rows.mT @ _windows(_after(past, x, M), M)).flatten(1)
-        diagonals = unflatten(F.pad(pairs, (0, m)), 1, (m, -1))[..., 1:M + 1]  # rows longer by one: (C,m,M), every column one lag
-        dtaps = diagonals.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)).flip(1).to(taps.dtype)
-        before = M * ctx.needs_input_grad[0]  # at the start of a sequence the past needs no gradient
-        dpast, dx = _correlate(F.pad(dy, (before, M)), F.pad(taps, (0, 1))).split((before, dy.shape[2]), 2)
-        return dpast if before else None, dx, dtaps
+        (x, taps), P, dy = ctx.saved_tensors, ctx.P, dy.contiguous()
+        (C, B, n), M, m = x.shape, taps.shape[1], 64
+        blocks = -(-n // m)
+        pairs = torch.empty(C, m, M, device=x.device)
+        _taps_kernel[-(-(M + m - 1) // 128), C](x, dy, pairs, B, blocks, n, dy.shape[2], P, M, -(-B * blocks // 64), m, 64, 128)
+        skip = 0 if ctx.needs_input_grad[0] else P  # at the start of a sequence the past needs no gradient
+        dx = _filter(dy, taps, n - skip, skip - P, True)
+        return dx[..., :P - skip] if P > skip else None, dx[..., P - skip:], pairs.sum(1).to(taps.dtype)
 
 
-def _after(past, x, M):
-    return F.pad(x, (M, 0)) if past is None else torch.cat((past, x), 2)
+def _filter(x, taps, n, shift, ahead=False):
+    """y[c,b,t] = sum_j taps[c,j] x[c,b,t+shift-j] over what x has, +j if ahead: x (C,B,T) contiguous, taps (C,M) -> (C,B,n)"""
+    (C, B, T), M, m = x.shape, taps.shape[1], 64
+    y, blocks = x.new_empty(C, B, n), -(-n // m)
+    rows = min(128, max(16, 1 << (B * blocks - 1).bit_length()))
+    padded = F.pad(taps.to(x.dtype), (2 * m, 2 * m))  # no lag that the kernel looks at is outside of it
+    _filter_kernel[-(-B * blocks // rows), C](x, padded, y, B, blocks, T, n, shift, M, ahead, m, rows)
+    return y
 
 
-def _windows(x, M):
-    """x (C,B,T+M) -> (C,B*blocks,m+M): overlapping windows, a block of m apart"""
-    m = _fir_block(x.shape[1] * (x.shape[2] - M))
-    return F.pad(x, (0, (M - x.shape[2]) % m)).unfold(2, m + M, m).contiguous().flatten(1, 2)
+if triton is not None:
+    @triton.jit
+    def _filter_kernel(x, taps, y, B, blocks, T, n, shift, M: tl.constexpr, AHEAD: tl.constexpr, m: tl.constexpr,
+                       ROWS: tl.constexpr):
+        """ROWS blocks of m outputs of channel c: pieces (ROWS,m) of their windows times pieces (m,m) of the Toeplitz matrix"""
+        c = tl.program_id(1).to(tl.int64)
+        a, row = tl.arange(0, m), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        b, start = row // blocks, row % blocks * m
+        inside = (b < B)[:, None]
+        first = start + shift - (0 if AHEAD else M)  # input that the window begins with
+        x += (c * B + b) * T + first
+        taps += c * (M + 4 * m) + 2 * m
+        acc = tl.zeros((ROWS, m), tl.float32)
+        for k in range(0, M + m, m):
+            i = k + a
+            t = first[:, None] + i[None]
+            window = tl.load(x[:, None] + i[None], mask=(t >= 0) & (t < T) & inside, other=0.0)
+            lag = i[:, None] - a[None] if AHEAD else a[None] + M - i[:, None]  # (input, output)
+            acc = tl.dot(window, tl.load(taps + lag), acc)
+        t = start[:, None] + a[None]
+        tl.store(y + ((c * B + b) * n)[:, None] + t, acc.to(y.dtype.element_ty), mask=(t < n) & inside)
 
-
-def _correlate(x, taps):
-    """y[c,b,t] = sum_k taps[c,k] x[c,b,t+k]: x (C,B,T+M), taps (C,M+1) -> (C,B,T)"""
-    M = taps.shape[1] - 1
-    m = _fir_block(x.shape[1] * (x.shape[2] - M))
-    toeplitz = F.pad(taps, (m - 1, m - 1)).unfold(1, m + M, 1).flip(1)  # (C,m,m+M): [a, i] = taps[i - a]
-    return unflatten(_windows(x, M) @ toeplitz.to(x.dtype).mT, 1, (x.shape[1], -1)).flatten(2)[..., :x.shape[2] - M]
+    @triton.jit
+    def _taps_kernel(x, dy, pairs, B, blocks, T, n, shift, M: tl.constexpr, STEPS: tl.constexpr, m: tl.constexpr,
+                     ROWS: tl.constexpr, WIDTH: tl.constexpr):
+        """pairs[c,a,lag] = sum over blocks of x[c,b,start+a] dy[c,b,start+a-shift+lag]: inputs (m,ROWS) times windows (ROWS,WIDTH)"""
+        c = tl.program_id(1).to(tl.int64)
+        a, i = tl.arange(0, m), tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+        x, dy = x + c * B * T, dy + c * B * n
+        acc = tl.zeros((m, WIDTH), tl.float32)
+        for r in range(0, STEPS * ROWS, ROWS):
+            row = r + tl.arange(0, ROWS)
+            b, start = row // blocks, row % blocks * m
+            t = start[None] + a[:, None]
+            block = tl.load(x + (b * T)[None] + t, mask=(t < T) & (b < B)[None], other=0.0)
+            t = (start - shift)[:, None] + i[None]
+            acc = tl.dot(block, tl.load(dy + (b * n)[:, None] + t, mask=(t >= 0) & (t < n) & (b < B)[:, None], other=0.0), acc)
+        lag = i[None] - a[:, None]
+        tl.store(pairs + (c * m + a[:, None]) * M + lag, acc, mask=(lag >= 0) & (lag < M))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,8 +422,8 @@ class FNOMixer(nn.Module):
             past = ring.index_select(2, (pos + torch.arange(M, device=x.device)) % M).transpose(0, 1).to(u.dtype)  # oldest first
             ring = torch.cat((past, u[..., -M:]), -1)[..., -M:].transpose(0, 1).to(ring.dtype).contiguous()
             state = ring, torch.zeros_like(pos), taps, taps2
-        if torch.compiler.is_compiling() and u.is_cuda and u.dtype == torch.bfloat16:
-            y = _ToeplitzFIR.apply(past, u, taps.t())
+        if triton is not None and u.is_cuda and u.dtype == torch.bfloat16:
+            y = _TritonFIR.apply(past, u, taps.t())
         else:
             y = _fir(u.new_zeros(*u.shape[:2], M - 1) if past is None else past[..., 1:], u, taps)
         return unflatten(self.output((y * F.silu(z)).flatten(1).t()), 0, x.shape[:2]), state

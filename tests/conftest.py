@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import sys
 
@@ -6,6 +7,7 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+os.environ.setdefault('TRITON_INTERPRET', '1' if not shutil.which('nvidia-smi') else '0')  # Triton's kernels on a CPU
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would all we start
 
 

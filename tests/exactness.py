@@ -13,7 +13,7 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from model import FELA, FELAConfig, GLAMixer, _ToeplitzFIR, causal_fir, gated_linear_attention  # noqa: E402
+from model import FELA, FELAConfig, GLAMixer, _TritonFIR, causal_fir, gated_linear_attention  # noqa: E402
 
 name = sys.argv[1] if len(sys.argv) > 1 else 'fela_109m'
 device = sys.argv[2] if len(sys.argv) > 2 else 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -57,8 +57,8 @@ def recurrence(q, k, v, g, S):
     return torch.stack(out, 2), S
 
 
-def toeplitz(x, taps):
-    return _ToeplitzFIR.apply(x.new_zeros(C, len(x), M), x.permute(2, 0, 1), taps.t()).permute(1, 2, 0)
+def products(x, taps):
+    return _TritonFIR.apply(x.new_zeros(C, len(x), M), x.permute(2, 0, 1), taps.t()).permute(1, 2, 0)
 
 
 print(f'{name} on {torch.cuda.get_device_name() if device == "cuda" else "a CPU"}, torch {torch.__version__}\n')
@@ -69,8 +69,8 @@ if 'fir' in parts:
     for dtype in (torch.float32, torch.bfloat16):
         inputs = x.to(dtype), taps
         expected = with_gradients(direct, [t.double() for t in inputs], dy.to(dtype))
-        compiled = torch.compile(toeplitz, dynamic=False)
-        for what, f in (('FFT', causal_fir), ('matrix products', toeplitz), ('matrix products, compiled', compiled)):
+        compiled = torch.compile(products, dynamic=False)
+        for what, f in (('FFT', causal_fir), ('matrix products', products), ('matrix products, compiled', compiled)):
             if dtype == torch.bfloat16 or what == 'FFT':
                 actual = with_gradients(f, inputs, dy.to(dtype))
                 row(what, dtype, *map(error, actual, expected))

@@ -828,7 +828,8 @@ class FELA(nn.Module):
         """idx (B,T) int64 -> (logits (B,T,vocab), None), or with targets (B,T), -1 ignored, (None, loss in nats):
         reduction 'mean' over the targets, or 'none' for the loss per token (B,T)."""
         B, T = idx.shape
-        rows = max(1, self.segment(idx.device) // T) if not self.attention else B
+        whole = self.attention or idx.is_cuda and torch.is_grad_enabled() and not self.config.segment  # memory is spent anyway
+        rows = B if whole else max(1, self.segment(idx.device) // T)
         x, weight = _Tied.apply(self.embedding.weight, idx)
         h = torch.cat([self.hidden(part)[0] for part in x.split(rows)])
         if torch.is_autocast_enabled(idx.device.type):

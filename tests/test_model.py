@@ -101,7 +101,7 @@ def test_fir_full_blocked_and_ring_agree(T, M):
         close([causal_fir(x, taps)], [torch.stack(out, 1)], 1e-5)
 
 
-@pytest.mark.skipif(triton is None, reason='Triton comes with torch for CUDA, and for Linux with .[test]')
+@pytest.mark.skipif(triton is None, reason='could not import triton: it comes with torch for CUDA, and on Linux with .[test]')
 @given(B=st.integers(1, 3), T=st.integers(1, 300), C=st.integers(1, 2), M=st.integers(1, 140), seed=st.integers(0, 999))
 @example(B=2, T=4129, C=1, M=140, seed=0)  # more blocks than a kernel has rows
 @example(B=1, T=64, C=2, M=64, seed=0)

@@ -158,10 +158,10 @@ class _TritonFIR(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (x, taps), P, dy = ctx.saved_tensors, ctx.P, dy.contiguous()
-        (C, B, n), M, m = x.shape, taps.shape[1], 64
-        blocks = -(-n // m)
-        pairs = torch.empty(C, m, M, device=x.device)
-        _taps_kernel[-(-(M + m - 1) // 128), C](x, dy, pairs, B, blocks, n, dy.shape[2], P, M, -(-B * blocks // 64), m, 64, 128)
+        (C, B, n), M, m, rows, width = x.shape, taps.shape[1], 64, 64, 128
+        blocks, pairs = -(-n // m), torch.empty(C, m, M, device=x.device)
+        steps = -(-B * blocks // rows)
+        _taps_kernel[-(-(M + m - 1) // width), C](x, dy, pairs, B, blocks, n, dy.shape[2], P, M, steps, m, rows, width)
         skip = 0 if ctx.needs_input_grad[0] else P  # at the start of a sequence the past needs no gradient
         dx = _filter(dy, taps, n - skip, skip - P, True)
         return dx[..., :P - skip] if P > skip else None, dx[..., P - skip:], pairs.sum(1).to(taps.dtype)
@@ -202,7 +202,8 @@ if triton is not None:
     @triton.jit
     def _taps_kernel(x, dy, pairs, B, blocks, T, n, shift, M: tl.constexpr, STEPS: tl.constexpr, m: tl.constexpr,
                      ROWS: tl.constexpr, WIDTH: tl.constexpr):
-        """pairs[c,a,lag] = sum over blocks of x[c,b,start+a] dy[c,b,start+a-shift+lag]: inputs (m,ROWS) times windows (ROWS,WIDTH)"""
+        """pairs[c,a,lag] = sum over blocks of x[c,b,start+a] dy[c,b,start+a-shift+lag]: inputs (m,ROWS) times
+        windows (ROWS,WIDTH)"""
         c = tl.program_id(1).to(tl.int64)
         a, i = tl.arange(0, m), tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
         x, dy = x + c * B * T, dy + c * B * n

@@ -172,7 +172,7 @@ if dtype == 'auto':
         dtype, dtype_why = ('bfloat16', f'this CPU has {found[0]}') if found else (dtype, dtype_why)
 if compile == 'auto':
     compile = 'on' if device_type == 'cuda' else 'off'
-    compile_why = {'on': 'a minute, then 1.4x the speed on an H200', 'off': f'gains little on {device_type}'}[compile]
+    compile_why = {'on': 'a minute, then faster', 'off': f'gains little on {device_type}'}[compile]
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 log(f'device {device} | dtype {dtype} ({dtype_why}) | compile {compile} ({compile_why})')
 

@@ -36,7 +36,8 @@ def timed(f):
 
 
 def compare(arms, oracle, inputs, names):
-    """inputs(B, T) -> arguments, weights of the output. Times at tokens / T x T, then errors at 1 x 1,024 (for which torch.compile starts again)"""
+    """inputs(B, T) -> arguments, weights of the output. Times at tokens / T x T, then errors at 1 x 1,024, for which
+    torch.compile starts again"""
     torch.manual_seed(0)
     args, do = inputs(tokens // T, T)
     for name, f in list(arms.items()):

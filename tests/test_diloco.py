@@ -74,6 +74,7 @@ def test_rounds_are_as_published(tmp_path, data, slow):
     from prepare import TokenData
     H, M, R, W = 4, 3, 3, 4
     diloco(tmp_path, M, data, f'--H={H}', f'--max_rounds={R}', '--outer_dtype=fp32', '--outer_lr=0.5', '--outer_momentum=0.9',
+           '--learning_rate=1e-3',  # at 1e-2 rounding grows: fp32 and fp64 part by up to 5e-2, depending on the text
            '--schedule=constant', '--warmup_iters=0', '--warmup_rounds=1', *['--round_seconds=0.03'] * slow,
            each={1: ['--micro_batch_size=1']} if slow else {})
     state, rows = final(tmp_path), rounds(tmp_path)
@@ -118,8 +119,8 @@ def test_rounds_are_as_published(tmp_path, data, slow):
             for p in ps:
                 p.data.copy_(theta[j])
     for (name, _), p in zip(models[0].named_parameters(), theta):
-        torch.testing.assert_close(state['model'][name], p, rtol=0, atol=3e-4)  # 12 steps of up to 1e-2
-    torch.testing.assert_close(state['outer'], torch.cat([m.flatten() for m in momentum]), rtol=0, atol=3e-4)
+        torch.testing.assert_close(state['model'][name], p, rtol=0, atol=1e-5)  # 12 steps of up to 1e-3
+    torch.testing.assert_close(state['outer'], torch.cat([m.flatten() for m in momentum]), rtol=0, atol=1e-5)
     assert (state['training']['left'], state['training']['next']) == (left, following) and [rows[r]['workers'] for r in rows] == [3] * 3
     assert (left == []) != slow, 'nobody was slow'
 

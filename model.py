@@ -809,8 +809,8 @@ class FELA(nn.Module):
         """embeddings x (B,T,C) -> (normalised output of the last block (B,T,C), state), in segments that pass their state on. With
         state None they are the start of a sequence, whose state nobody wants: training."""
         B, T, _ = x.shape
-        length = T if self.attention else max(self.segment(x.device) // B, self.config.n_modes)
-        if state is None:
+        length = T if self.attention else max(self.segment(x.device) // (1 if state is None else B), self.config.n_modes)
+        if state is None:  # `forward` has seen to the number of rows
             state = [None] * len(self.blocks) if T <= length else self.init_state(B)
         outputs = []
         for x in x.split(length, 1):

@@ -142,6 +142,10 @@ def _fir(past, x, taps):
     return _FIR.apply(past, x, taps, spectrum, n)
 
 
+def _triton_for(x):
+    return triton is not None and x.is_cuda and x.dtype == torch.bfloat16
+
+
 class _TritonFIR(torch.autograd.Function):
     """The same filter on matrix units: past (C,B,M), its first unused so that sizes stay round, or None, x (C,B,T), taps (C,M) ->
     y (C,B,T). A block of m outputs is a window of M+m inputs times the Toeplitz matrix of the taps. More operations than FFTs, but
@@ -177,6 +181,15 @@ def _filter(x, taps, n, shift, ahead=False):
     return y
 
 
+def _fir_step(u, z, ring, pos, taps2):
+    """u, z (B,C), ring (B,C,M), pos (), taps2 (C,2M) -> silu(z) times the filter's output (B,C); u goes into slot pos of the ring"""
+    (B, C, M), y = ring.shape, torch.empty_like(z, memory_format=torch.contiguous_format)
+    rows, slots = min(16, 1 << (B - 1).bit_length()), 1 << (M - 1).bit_length()
+    with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(u):
+        _fir_step_kernel[C, -(-B // rows)](u, z, ring, pos, taps2, y, B, C, u.stride(0), z.stride(0), M, slots, rows)
+    return y
+
+
 if triton is not None:
     @triton.jit
     def _filter_kernel(x, taps, y, B, blocks, T, n, shift, M: tl.constexpr, AHEAD: tl.constexpr, m: tl.constexpr,
@@ -198,6 +211,21 @@ if triton is not None:
             acc = tl.dot(window, tl.load(taps + lag), acc)
         t = start[:, None] + a[None]
         tl.store(y + ((c * B + b) * n)[:, None] + t, acc.to(y.dtype.element_ty), mask=(t < n) & inside)
+
+    @triton.jit
+    def _fir_step_kernel(u, z, ring, pos, taps2, y, B, C, u_stride, z_stride, M: tl.constexpr, SLOTS: tl.constexpr,
+                         ROWS: tl.constexpr):
+        """_fir_step of ROWS rows of channel c, whose taps are read once; the slot that is written is not read"""
+        c, b, slot = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, SLOTS)
+        p, there = tl.load(pos), b < B
+        new, gate = tl.load(u + b * u_stride + c, mask=there), tl.load(z + b * z_stride + c, mask=there).to(tl.float32)
+        ring += (b.to(tl.int64) * C + c) * M
+        old = tl.load(ring[:, None] + slot[None], mask=there[:, None] & (slot < M)[None], other=0.0)
+        inputs = tl.where((slot == p)[None], new[:, None], old).to(tl.float32)
+        taps = tl.load(taps2 + c * 2 * M + M - 1 - p + slot, mask=slot < M, other=0.0).to(tl.float32)
+        acc = tl.sum(inputs * taps[None], 1) * gate / (1 + tl.exp(-gate))
+        tl.store(y + b * C + c, acc.to(y.dtype.element_ty), mask=there)
+        tl.store(ring + p, new.to(ring.dtype.element_ty), mask=there)
 
     @triton.jit
     def _taps_kernel(x, dy, pairs, B, blocks, T, n, shift, M: tl.constexpr, STEPS: tl.constexpr, m: tl.constexpr,
@@ -423,7 +451,7 @@ class FNOMixer(nn.Module):
             past = ring.index_select(2, (pos + torch.arange(M, device=x.device)) % M).transpose(0, 1).to(u.dtype)  # oldest first
             ring = torch.cat((past, u[..., -M:]), -1)[..., -M:].transpose(0, 1).to(ring.dtype).contiguous()
             state = ring, torch.zeros_like(pos), taps, taps2
-        if triton is not None and u.is_cuda and u.dtype == torch.bfloat16:
+        if _triton_for(u):
             y = _TritonFIR.apply(past, u, taps.t())
         else:
             y = _fir(u.new_zeros(*u.shape[:2], M - 1) if past is None else past[..., 1:], u, taps)
@@ -433,17 +461,20 @@ class FNOMixer(nn.Module):
         u, z = split_linear(x, self.input.weight, 2)  # (B,C)
         ring, pos, taps, taps2 = state
         M = ring.shape[2]
-        ring.index_copy_(2, pos.view(1), u.to(ring.dtype).unsqueeze(2))
-        if x.is_cuda or torch.compiler.is_compiling():  # no synchronisation; the gather fuses with the sum when compiled
-            rotated = taps2.unfold(1, M, 1).index_select(1, (M - 1 - pos).view(1)).squeeze(1)
+        if _triton_for(u) and not _one_row(x):
+            y = _fir_step(u, z, ring, pos, taps2)
         else:
-            rotated = taps2.narrow(1, M - 1 - int(pos), M)
-        inputs = ring
-        if x.is_cuda and torch.compiler.is_compiling():  # slot pos is not read, it may still be being written: see compile_step
-            inputs = u.to(ring.dtype).unsqueeze(2).where(torch.arange(M, device=x.device) == pos, ring)
-        y = (inputs * rotated).sum(2).to(u.dtype)
+            ring.index_copy_(2, pos.view(1), u.to(ring.dtype).unsqueeze(2))
+            if x.is_cuda or torch.compiler.is_compiling():  # no synchronisation; the gather fuses with the sum when compiled
+                rotated = taps2.unfold(1, M, 1).index_select(1, (M - 1 - pos).view(1)).squeeze(1)
+            else:
+                rotated = taps2.narrow(1, M - 1 - int(pos), M)
+            inputs = ring
+            if x.is_cuda and torch.compiler.is_compiling():  # slot pos is not read, it may still be being written: see compile_step
+                inputs = u.to(ring.dtype).unsqueeze(2).where(torch.arange(M, device=x.device) == pos, ring)
+            y = (inputs * rotated).sum(2).to(u.dtype) * F.silu(z)
         pos.add_(1).remainder_(M)
-        return self.output(y * F.silu(z)), state
+        return self.output(y), state
 
 
 class GLAMixer(nn.Module):

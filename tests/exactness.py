@@ -138,21 +138,22 @@ if 'steps' in parts:
             logits = torch.stack(steps[:-1], 1)
             row('prefill and 68 steps against the whole forward: logits', dtype, error([logits], [full[:, :-1]]))
     if device == 'cuda':
-        for rows in (1, 2):  # one row has kernels of its own
+        many = torch.randint(50257, (64, 1532))
+        for rows in (1, 2, 16, 64):  # so many rows have kernels of their own
             with torch.inference_mode():
-                eager = half.prefill(idx[:rows, :1032])[1]
-                graph = half.capture_step(idx[:rows, 1032], eager)
+                eager = half.prefill(many[:rows, :1032])[1]
+                graph = half.capture_step(many[:rows, 1032], eager)
                 torch._dynamo.reset()
                 half.compile_step(rows)
-                compiled = half.capture_step(idx[:rows, 1032], eager)
+                compiled = half.capture_step(many[:rows, 1032], eager)
                 del half.norm_logits
                 for block in half.blocks:
                     del block.step
                 errors = [[], []]
                 for t in range(1032, 1532):
-                    expected, eager = half.step(idx[:rows, t], eager)
+                    expected, eager = half.step(many[:rows, t], eager)
                     for step, found in zip((graph, compiled), errors):
-                        found.append(error([step(idx[:rows, t])], [expected]))
+                        found.append(error([step(many[:rows, t])], [expected]))
                 for what, found in zip(('eager', 'compiled'), errors):
                     row(f'500 {what} steps, {rows} rows, as a CUDA graph against eager steps: logits, first and worst',
                         torch.bfloat16, found[0], max(found))

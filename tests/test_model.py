@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
 from torch.utils._pytree import tree_leaves
 
-from model import (FELA, FELAConfig, GLAMixer, Muon, _persistent_reductions, _TritonFIR, causal_fir, gated_linear_attention,
-                   repeat_state, sample, triton)
+from model import (FELA, FELAConfig, GLAMixer, Muon, _fir_step, _persistent_reductions, _TritonFIR, causal_fir,
+                   gated_linear_attention, repeat_state, sample, triton)
 
 ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile('fela', deadline=None, max_examples=40, derandomize=True)
@@ -116,6 +116,23 @@ def test_fir_as_matrix_products(B, T, C, M, seed):
         fft = causal_fir(x, taps, None if p is None else p[:, 1:])
         products = _TritonFIR.apply(None if p is None else p.permute(2, 0, 1), x.permute(2, 0, 1), taps.t()).permute(1, 2, 0)
         close((products, *torch.autograd.grad(products, inputs, dy)), (fft, *torch.autograd.grad(fft, inputs, dy)), 1e-5)
+
+
+@pytest.mark.skipif(triton is None, reason='could not import triton: it comes with torch for CUDA, and on Linux with .[test]')
+@given(B=st.integers(1, 20), C=st.integers(1, 3), M=st.integers(1, 10), seed=st.integers(0, 999))
+@example(B=17, C=3, M=16, seed=0)
+def test_fir_step(B, C, M, seed):
+    """What a GPU runs in bf16 to decode many rows, here in fp32: once around the ring and on, beside the ring of S's own step."""
+    g = torch.Generator().manual_seed(seed)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    ring, taps = (torch.randn(*s, generator=g).to(device) for s in ((B, C, M), (C, M)))
+    expected, taps2, pos = ring.clone(), torch.cat((taps, taps), 1), torch.tensor(0, device=device)
+    for p in [*range(M), 0]:
+        u, z = torch.randn(B, 2 * C, generator=g).to(device).chunk(2, -1)
+        y = _fir_step(u, z, ring, pos.fill_(p), taps2)
+        expected[:, :, p] = u
+        assert torch.equal(ring, expected)
+        close([y], [(expected * taps2[:, M - 1 - p:2 * M - 1 - p]).sum(2) * F.silu(z)], 1e-5)
 
 
 def test_gradcheck():

@@ -310,6 +310,16 @@ def loss_and_gradients(model, idx, targets, reduction='mean', autocast=False):
     return loss, [p.grad.clone() for p in model.parameters()]
 
 
+def test_rows_together_are_not_cut_in_time():
+    """Training on a GPU takes all rows at once: a segment is then so many tokens of a row. Once it was of all rows together,
+    which computes the same and is slower than row by row."""
+    model, lengths = tiny(segment=40), []
+    model.blocks[0].register_forward_pre_hook(lambda block, args: lengths.append(args[0].shape[1]))
+    model.hidden(model.embedding(tokens(4, 60)))
+    model.hidden(model.embedding(tokens(4, 60)), model.init_state(4))
+    assert lengths[:2] == [40, 20] and max(lengths[2:]) <= max(10, model.config.n_modes)
+
+
 @pytest.mark.parametrize('pattern', ['SSSL', 'A'])
 def test_speed_knobs_never_change_the_function(pattern):
     """segment, chunk_size, activation checkpointing, reduction: the same loss and the same gradients"""

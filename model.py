@@ -143,6 +143,7 @@ def _fir(past, x, taps):
 
 
 def _triton_for(x):
+    """What these Triton kernels are for"""
     return triton is not None and x.is_cuda and x.dtype == torch.bfloat16
 
 
@@ -184,7 +185,8 @@ def _filter(x, taps, n, shift, ahead=False):
 def _fir_step(u, z, ring, pos, taps2):
     """u, z (B,C), ring (B,C,M), pos (), taps2 (C,2M) -> silu(z) times the filter's output (B,C); u goes into slot pos of the ring"""
     (B, C, M), y = ring.shape, torch.empty_like(z, memory_format=torch.contiguous_format)
-    rows, slots = min(16, 1 << (B - 1).bit_length()), 1 << (M - 1).bit_length()
+    slots = 1 << (M - 1).bit_length()
+    rows = min(1 << (B - 1).bit_length(), 16, max(1, 8192 // slots))  # so many numbers of the ring fit a program's registers
     with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(u):
         _fir_step_kernel[C, -(-B // rows)](u, z, ring, pos, taps2, y, B, C, u.stride(0), z.stride(0), M, slots, rows)
     return y
@@ -213,21 +215,6 @@ if triton is not None:
         tl.store(y + ((c * B + b) * n)[:, None] + t, acc.to(y.dtype.element_ty), mask=(t < n) & inside)
 
     @triton.jit
-    def _fir_step_kernel(u, z, ring, pos, taps2, y, B, C, u_stride, z_stride, M: tl.constexpr, SLOTS: tl.constexpr,
-                         ROWS: tl.constexpr):
-        """_fir_step of ROWS rows of channel c, whose taps are read once; the slot that is written is not read"""
-        c, b, slot = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, SLOTS)
-        p, there = tl.load(pos), b < B
-        new, gate = tl.load(u + b * u_stride + c, mask=there), tl.load(z + b * z_stride + c, mask=there).to(tl.float32)
-        ring += (b.to(tl.int64) * C + c) * M
-        old = tl.load(ring[:, None] + slot[None], mask=there[:, None] & (slot < M)[None], other=0.0)
-        inputs = tl.where((slot == p)[None], new[:, None], old).to(tl.float32)
-        taps = tl.load(taps2 + c * 2 * M + M - 1 - p + slot, mask=slot < M, other=0.0).to(tl.float32)
-        acc = tl.sum(inputs * taps[None], 1) * gate / (1 + tl.exp(-gate))
-        tl.store(y + b * C + c, acc.to(y.dtype.element_ty), mask=there)
-        tl.store(ring + p, new.to(ring.dtype.element_ty), mask=there)
-
-    @triton.jit
     def _taps_kernel(x, dy, pairs, B, blocks, T, n, shift, M: tl.constexpr, STEPS: tl.constexpr, m: tl.constexpr,
                      ROWS: tl.constexpr, WIDTH: tl.constexpr):
         """pairs[c,a,lag] = sum over blocks of x[c,b,start+a] dy[c,b,start+a-shift+lag]: inputs (m,ROWS) times
@@ -245,6 +232,21 @@ if triton is not None:
             acc = tl.dot(block, tl.load(dy + (b * n)[:, None] + t, mask=(t >= 0) & (t < n) & (b < B)[:, None], other=0.0), acc)
         lag = i[None] - a[:, None]
         tl.store(pairs + (c * m + a[:, None]) * M + lag, acc, mask=(lag >= 0) & (lag < M))
+
+    @triton.jit
+    def _fir_step_kernel(u, z, ring, pos, taps2, y, B, C, u_stride, z_stride, M: tl.constexpr, SLOTS: tl.constexpr,
+                         ROWS: tl.constexpr):
+        """_fir_step of ROWS rows of channel c, whose taps are read once; the slot that is written is not read"""
+        c, b, slot = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, SLOTS)
+        p, there = tl.load(pos), b < B
+        new, gate = tl.load(u + b * u_stride + c, mask=there), tl.load(z + b * z_stride + c, mask=there).to(tl.float32)
+        ring += (b.to(tl.int64) * C + c) * M
+        old = tl.load(ring[:, None] + slot[None], mask=there[:, None] & (slot < M)[None], other=0.0)
+        inputs = tl.where((slot == p)[None], new[:, None], old).to(tl.float32)
+        taps = tl.load(taps2 + c * 2 * M + M - 1 - p + slot, mask=slot < M, other=0.0).to(tl.float32)
+        acc = tl.sum(inputs * taps[None], 1) * gate / (1 + tl.exp(-gate))
+        tl.store(y + b * C + c, acc.to(y.dtype.element_ty), mask=there)
+        tl.store(ring + p, new.to(ring.dtype.element_ty), mask=there)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -810,7 +812,8 @@ class FELA(nn.Module):
         return optimizers
 
     def segment(self, device):
-        """Tokens that go through all layers together: on a CPU few, for its cache; elsewhere for the memory of a long prefill"""
+        """Tokens that go through all layers together: on a CPU few, for its cache; elsewhere for the memory of a long prefill. A
+        GPU in training takes so many of every row, unless the config says how many."""
         return self.config.segment or (2048 if device.type == 'cpu' else 16384)
 
     def init_state(self, batch_size):

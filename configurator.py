@@ -13,12 +13,14 @@ private to it; any other name it assigns must be a knob. Whatever is wrong ends 
 """
 import ast
 import difflib
+import hashlib
 import io
 import os
 import sys
 import tokenize
 import traceback
 import types
+from contextlib import suppress
 
 
 def die(message, code=2):
@@ -133,3 +135,93 @@ def _show(value):
     """repr, cut short: what a user typed, never more than one line."""
     text = repr(value)
     return text if len(text) <= 100 else text[:97] + '...'
+
+
+def require(config, **rules):
+    """End with one line unless every knob keeps its rule: 'a b c' (one of these words) or (least, most)."""
+    for key, rule in rules.items():
+        value = config[key]
+        if isinstance(rule, str) and value not in rule.split():
+            die(f'{key}={value!r}: expected one of {", ".join(rule.split())}')
+        if isinstance(rule, tuple) and not rule[0] <= value <= rule[1]:
+            die(f'{key}={value}: expected {rule[0]} to {rule[1]}')
+
+
+def pick_device(device, dtype, local_rank=0):
+    """-> device, dtype with 'auto' resolved, and why that dtype. A plain 'cuda' is the GPU of this local rank."""
+    import torch
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind, _, index = device.partition(':')
+    if kind not in ('cpu', 'cuda', 'mps') or not getattr(torch, kind).is_available() or not (index or '0').isdigit():
+        die(f'device={device!r}: not available here (auto, cpu, cuda, cuda:1, mps)')
+    if kind == 'cuda':
+        device = f'cuda:{index or local_rank}'
+        if int(index or local_rank) >= torch.cuda.device_count():
+            die(f'{device} is not there: this machine has {torch.cuda.device_count()}, and each rank needs one')
+        torch.cuda.set_device(device)
+    if dtype != 'auto':
+        return device, dtype, 'as asked'
+    if kind == 'cuda':
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return device, *(('bfloat16', 'this GPU has it') if fast else ('float16', 'this GPU has no bfloat16'))
+    try:
+        with open('/proc/cpuinfo') as file:
+            fast = kind == 'cpu' and {'avx512_bf16', 'amx_bf16'} & set(file.read().split())
+    except OSError:
+        fast = False
+    return device, *(('bfloat16', 'this CPU has it') if fast else ('float32', 'no fast bfloat16 here'))
+
+
+def lock_folder(folder):
+    """One run a folder, for the life of this process: the kernel ends the lock with it, however it ends.
+    Raises BlockingIOError, in one line that names the holder, where another process has it."""
+    os.makedirs(folder, exist_ok=True)
+    file = open(os.path.join(folder, 'lock'), 'a+')
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise BlockingIOError(f'{folder} is in use by process {file.read(40) or "?"}') from None
+    except (ImportError, OSError) as e:  # Windows, or a file system without locks
+        print(f'warning: {folder} cannot be locked: {e}', file=sys.stderr)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    lock_folder.held[folder] = file  # open until the process ends
+
+
+lock_folder.held = {}
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_whole(path, fill):
+    """At every instant, power cuts included, `path` is absent, as it was, or complete: fill(file) writes to a
+    temporary name, which is flushed and renamed. -> the sha256. Raises OSError; nothing is left then."""
+    folder = os.path.dirname(path) or '.'
+    tmp = os.path.join(folder, 'unfinished.tmp')  # one name: what a killed run leaves, the next one replaces
+    try:
+        with suppress(FileNotFoundError):
+            os.remove(tmp)
+        with open(tmp, 'xb') as file:  # x: never through a link that somebody left there
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = sha256_of(tmp)
+        os.replace(tmp, path)
+        if os.name == 'posix':  # the new name itself must survive a power cut
+            os.fsync(fd := os.open(folder, os.O_RDONLY))
+            os.close(fd)
+        return digest
+    except BaseException:
+        with suppress(OSError):
+            os.remove(tmp)
+        raise

@@ -6,10 +6,12 @@ Blocks with two kinds of mixer alternate, three to one (pattern 'SSSL'); a third
     L  GLA: gated linear attention, a recurrent state of H x K x V numbers. Chunks over a sequence.
     A  softmax attention with rotary positions and a KV cache, for comparisons and hybrids.
 Letters in shape comments:
-    B batch   T time   C channels (n_embd)   M taps (n_modes)   N tokens in a line   n chunks or blocks
+    B batch   T time   C channels (n_embd)   M taps (n_modes)   N inputs in a row of a filter   n chunks or blocks
     H heads   K key width of a head   V value width of a head   c tokens in a chunk
 Papers: FELA (ACML 2026); Fourier Neural Operator (Li et al. 2021); GLA (Yang et al. 2024, arXiv:2312.06635);
 overlap-save (Oppenheim & Schafer, ch. 8); SwiGLU (Shazeer 2020); RoPE (Su et al. 2021); Muon (Jordan 2024).
+
+To add a mixer, write a class like FNOMixer and give it a letter in MIXERS; nothing else has to know of it.
 """
 
 import functools
@@ -25,6 +27,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from configurator import sha256_of, write_whole
@@ -38,18 +41,19 @@ class FELAConfig:
     gla_heads: int = 1  # of L layers, whose state is C * C / gla_heads numbers: few, wide heads remember more
     n_embd: int = 768  # C
     n_modes: int = 512  # M, taps of S layers
-    pattern: str = 'SSSL'  # S: FNO, L: GLA, A: attention; repeated over the layers
+    pattern: str = 'SSSL'  # a letter of MIXERS for each layer, repeated over the layers
     chunk_size: int = 128  # of L layers; a speed knob that never changes the function
     mlp_hidden: int = 0  # 0: 2 * n_embd
 
     def __post_init__(self):
+        if not self.pattern or set(self.pattern) - MIXERS.keys():
+            raise ValueError(f'pattern={self.pattern!r}: expected letters out of {", ".join(MIXERS)}')
         for name, value in vars(self).items():
             if name != 'pattern' and value < (0 if name == 'mlp_hidden' else 1):
                 raise ValueError(f'{name}={value}: expected a positive number')
-            if name in ('n_head', 'gla_heads') and self.n_embd % value:
-                raise ValueError(f'n_embd={self.n_embd}: expected a multiple of {name}={value}')
-        if not self.pattern or set(self.pattern) - set('SLA'):
-            raise ValueError(f'pattern={self.pattern!r}: expected letters out of S, L and A')
+        for letter, name in (('L', 'gla_heads'), ('A', 'n_head')):
+            if letter in self.pattern and self.n_embd % getattr(self, name):
+                raise ValueError(f'n_embd={self.n_embd}: expected a multiple of {name}={getattr(self, name)}')
 
 
 def recompute(f):
@@ -67,74 +71,101 @@ def causal_fir(x, taps, past=None):
     if x.dim() != 3 or taps.dim() != 2 or taps.shape[1] != x.shape[2]:
         raise ValueError(f'expected x (B,T,C) and taps (M,C), got {tuple(x.shape)} and {tuple(taps.shape)}')
     (B, T, C), M = x.shape, len(taps)
-    past = x.new_zeros(B, M - 1, C) if past is None else past
-    if past.shape != (B, M - 1, C):
+    if past is not None and past.shape != (B, M - 1, C):
         raise ValueError(f'expected past (B,M-1,C) = {(B, M - 1, C)}, got {tuple(past.shape)}')
-    products = x.is_cuda and x.dtype == torch.bfloat16 and M % MatmulFIR.m == 0
-    return (matmul_fir if products else fft_fir)(x, taps, past)
+    # products are compiled for every length: those of training, and of prefill in segments
+    products = x.is_cuda and x.dtype == torch.bfloat16 and M % BLOCK == T % (8 * BLOCK) == 0
+    dtype = x.dtype if products else torch.promote_types(taps.dtype, torch.float32)
+    inputs = x if past is None else torch.cat((past.to(x.dtype), x), 1)
+    inputs = F.pad(inputs.permute(2, 0, 1), (M + T - inputs.shape[1], 0))  # (C,B,M+T), the first is not used
+    y = fir(inputs.to(dtype).contiguous(), taps.t().to(dtype).contiguous())
+    return y.permute(1, 2, 0).to(x.dtype)
 
 
-@torch.compiler.disable  # torch.compile has no complex numbers
-@recompute
-def fft_fir(x, taps, past):
-    """Overlap-save. A product of spectra is a circular filter: the first M-1 outputs of a block wrap around.
-    They are dropped, so blocks overlap by M-1 inputs."""
-    (B, T, C), M = x.shape, len(taps)
-    taps = taps if taps.dtype == torch.float64 else taps.float()
-    n = M * min(5, -(-(T + M - 1) // M))  # inputs in a block: all of a short T, else 5M
-    step = n - M + 1  # outputs in a block
-    inputs = torch.cat((past, x), 1).to(taps.dtype).transpose(1, 2)  # (B,C,M-1+T)
-    blocks = F.pad(inputs, (0, -T % step)).unfold(2, n, step)  # (B,C,T/step,n)
-    y = torch.fft.irfft(torch.fft.rfft(blocks) * torch.fft.rfft(taps.t(), n=n).unsqueeze(1), n=n)
-    return y[..., M - 1:].flatten(2)[..., :T].transpose(1, 2).to(x.dtype)
+@torch.library.custom_op('fela::fir', mutates_args=())  # torch.compile, which has no complex numbers, calls it as it is
+def fir(x: Tensor, taps: Tensor) -> Tensor:
+    """x (C,B,N), taps (C,M) -> y (C,B,N-M): y[t] = sum_j taps[j] x[M + t - j]"""
+    return (compiled(products_fir, x.is_cuda) if x.dtype == torch.bfloat16 else fft_fir)(x, taps)
 
 
-class MatmulFIR(torch.autograd.Function):
-    """x (C,N), taps (C,M) -> y (C,N-M). m outputs in a row depend on M+m inputs, so all n blocks of them are
-    windows (C,n,M+m) @ band (C,M+m,m), views that overlap themselves, of inputs and of taps. Matrix products
-    written by torch.compile read them as they are; cuBLAS would have them copied, M/m times larger."""
-    m = 64
+@torch.library.custom_op('fela::fir_taps_gradient', mutates_args=())
+def fir_taps_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """x (C,B,N), dy (C,B,N-M) -> (C,M): the gradient of tap j is the sum over t of dy[t] x[M + t - j]"""
+    return (compiled(products_correlate, x.is_cuda) if x.dtype == torch.bfloat16 else fft_correlate)(x, dy)
+
+
+def fir_backward(ctx, dy):
+    """The gradient of a causal filter is the same filter run backwards in time. All rows are one line: their
+    gradients are M zeros apart, so that none reaches its neighbour's."""
+    x, taps = ctx.saved_tensors
+    M = taps.shape[1]
+    line = F.pad(dy, (0, M)).view(len(x), 1, -1)  # (C,1,B N)
+    dx = fir(F.pad(line, (M + 1, -1)), taps.flip(1)).view(x.shape)
+    return dx, fir_taps_gradient(x, dy.contiguous())
+
+
+fir.register_fake(lambda x, taps: x.new_empty(*x.shape[:2], x.shape[2] - taps.shape[1]))
+fir_taps_gradient.register_fake(lambda x, dy: x.new_empty(len(x), x.shape[2] - dy.shape[2]))
+fir.register_autograd(fir_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def fft_blocks(x, M):
+    """Overlap-save: a product of spectra is a circular filter, whose first M-1 outputs wrap around and are dropped.
+    So blocks of n inputs overlap by M-1. x (C,B,N) -> spectra (C,B,blocks,n/2+1), n, outputs of a block"""
+    N = x.shape[2] - 1
+    n = M * min(5, -(-N // M))  # all of a short row, else 5M
+    step = n - M + 1
+    return torch.fft.rfft(F.pad(x[..., 1:], (0, -(N - M + 1) % step)).unfold(2, n, step)), n, step
+
+
+def fft_fir(x, taps):
+    M = taps.shape[1]
+    spectra, n, _ = fft_blocks(x, M)
+    y = torch.fft.irfft(spectra * torch.fft.rfft(taps, n)[:, None, None], n)[..., M - 1:]
+    return y.flatten(2)[..., :x.shape[2] - M].contiguous()
+
+
+def fft_correlate(x, dy):
+    M = x.shape[2] - dy.shape[2]
+    spectra, n, step = fft_blocks(x, M)
+    dy = F.pad(dy, (0, -dy.shape[2] % step)).unflatten(2, (-1, step))
+    outputs = torch.fft.rfft(F.pad(dy, (M - 1, 0)))  # each at its place among the n inputs of its block
+    return torch.fft.irfft((outputs * spectra.conj()).sum((1, 2)), n)[:, :M].contiguous()
+
+
+# m outputs in a row depend on M+m inputs, so all n blocks of outputs are windows (C,n,M+m) @ band (C,M+m,m), views of
+# inputs and taps that overlap themselves. Products written by torch.compile read them as they are; cuBLAS would have
+# them copied, M/m times larger.
+BLOCK = 64  # m
+
+
+@functools.cache
+def compiled(f, cuda):
     options = {'max_autotune': True, 'max_autotune_gemm_backends': 'TRITON'}
-    compiled = functools.cache(functools.partial(torch.compile, options=options))  # for one length, then any
-
-    @staticmethod
-    def product(x, band, m=m):
-        """x (C,N), band (C,M+2m-1) -> (C,N-M): in block k, y[k m + m-1-a] = sum_i x[k m + i] band[i + a]"""
-        (C, N), M = x.shape, band.shape[1] - 2 * m + 1
-        windows = x.as_strided((C, (N - M) // m, M + m), (N, m, 1))
-        return torch.bmm(windows, band.as_strided((C, M + m, m), (M + 2 * m - 1, 1, 1))).flip(2).flatten(1)
-
-    @staticmethod
-    def correlate(x, dy, m=m):
-        """x (C,N), dy (C,N-M) -> (C,M): the gradient of tap j is the sum of dy[t] x[t - j]"""
-        (C, N), M = x.shape, x.shape[1] - dy.shape[1]
-        windows = x.as_strided((C, (N - M) // m, M + m), (N, m, 1))
-        pairs = torch.bmm(dy.reshape(C, -1, m).mT, windows)  # (C,m,M+m): output a with input i = M + a - j
-        return pairs.as_strided((C, m, M), (m * (M + m), M + m + 1, 1), 1).sum(1).flip(1)  # over diagonals
-
-    @staticmethod
-    def forward(ctx, x, taps, m=m):
-        ctx.save_for_backward(x, taps)
-        return MatmulFIR.compiled(MatmulFIR.product)(x, F.pad(taps.flip(1), (m, m - 1)))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, m=m):
-        (x, taps), M = ctx.saved_tensors, ctx.saved_tensors[1].shape[1]
-        dx = MatmulFIR.compiled(MatmulFIR.product)(F.pad(dy, (M, M)), F.pad(taps, (m - 1, m)))  # back in time
-        return dx, MatmulFIR.compiled(MatmulFIR.correlate)(x, dy)
+    return torch.compile(f, dynamic=False, options=options) if cuda else f
 
 
-apply_fir = torch.compiler.disable(MatmulFIR.apply)  # compiled apart from the rest
+def windows_of(x, M, m=BLOCK):
+    """x (C,B,N), its rows as one line -> (C,(B N - M)/m,M+m)"""
+    line = x.shape[1] * x.shape[2]
+    return x.as_strided((len(x), (line - M) // m, M + m), (line, m, 1))
 
 
-def matmul_fir(x, taps, past):
-    """The rows as one line, each after its past. The M outputs between two rows belong to neither."""
-    T, M = x.shape[1], len(taps)
-    x = torch.cat((past.to(x.dtype), x), 1).permute(2, 0, 1)
-    x = F.pad(x, (1, -T % MatmulFIR.m)).contiguous()  # (C,B,M+T), T now a multiple of m
-    y = F.pad(apply_fir(x.flatten(1), taps.t().to(x.dtype)), (0, M))
-    return y.view(x.shape)[..., :T].permute(1, 2, 0)
+def products_fir(x, taps, m=BLOCK):
+    """With band[i] = taps[M-1 + m - i], in block k: y[k m + m-1-a] = sum_i x[k m + i] band[i + a]"""
+    (C, B, N), M = x.shape, taps.shape[1]
+    band = F.pad(taps.flip(1), (m, m - 1))  # (C,M+2m-1)
+    y = torch.bmm(windows_of(x, M), band.as_strided((C, M + m, m), (M + 2 * m - 1, 1, 1)))
+    y = F.pad(y.flip(2).flatten(1), (0, M))  # the M outputs between two rows belong to neither
+    return y.view(C, B, N)[..., :N - M].contiguous()
+
+
+def products_correlate(x, dy, m=BLOCK):
+    """Output a of a block meets input i = M + a - j of its window: a tap is a diagonal of all pairs"""
+    C, M = len(x), x.shape[2] - dy.shape[2]
+    dy = F.pad(dy, (0, M)).flatten(1)[:, :-M].reshape(C, -1, m)
+    pairs = torch.bmm(dy.mT, windows_of(x, M))  # (C,m,M+m)
+    return pairs.as_strided((C, m, M), (m * (M + m), M + m + 1, 1), 1).sum(1).flip(1)
 
 
 # -- L: gated linear attention
@@ -151,53 +182,91 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=128, floor
     if k.shape != q.shape or log_decay.shape != q.shape or v.shape[:3] != q.shape[:3]:
         shapes = ', '.join(str(tuple(t.shape)) for t in (q, k, log_decay, v))
         raise ValueError(f'expected q, k, log_decay (B,H,T,K) and v (B,H,T,V), got {shapes}')
-    dtype = torch.promote_types(v.dtype, torch.float32)
     if state is None:
+        dtype = torch.promote_types(v.dtype, torch.float32)
         state = v.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype)
-    # exponents stay within +-40, far from overflow; a chunk_size above 128 acts as 128, longer are slower
-    c = min(chunk_size, q.shape[2], 128, max(1, int(80 / -floor)))
-    with torch.autocast(v.device.type, enabled=False):  # in fp32 for fp16, which does not hold e^40
-        o, state = _gla(q, k, v.float() if v.dtype == torch.float16 else v, log_decay, state, c, floor)
+    block = max(1, min(128, int(80 / -floor)))  # exponents stay within +-40, far from overflow
+    c = min(chunk_size, q.shape[2])
+    if c > block:
+        c = block * 2 ** int(math.log2(c / block))
+    with torch.autocast(v.device.type, enabled=False):
+        values = v.float() if v.dtype == torch.float16 else v  # fp16 does not hold e^40
+        o, state = gla_chunks(q, k, values, log_decay.clamp(floor, 0), state, c, block)
     return o.to(v.dtype), state
 
 
 def gla_step(q, k, v, log_decay, S, *_):
     """The recurrence itself for one token, T = 1; advances S (B,H,K,V) in place"""
     S.mul_(log_decay.exp().mT).addcmul_(k.float().mT, v.float())
-    return (q.float().mT * S).sum(2, keepdim=True), S
+    return q.float() @ S, S
 
 
-@recompute
-def _gla(q, k, v, log_decay, S, c, floor):
+def gla_chunks(q, k, v, g, S, c, block):
+    """Chunks of c tokens: each attends to itself, and to all before it through the state S"""
     T, dtype = q.shape[2], v.dtype
-    q, k, v, g = (torch.unflatten(F.pad(t, (0, 0, 0, -T % c)), 2, (-1, c)) for t in (q, k, v, log_decay))
-    b = g.to(S.dtype).clamp(floor, 0).cumsum(3)  # (B,H,n,c,K) log decay from before the chunk to t
-    middle, end = b[..., (c - 1) // 2, None, :], b[..., -1:, :]
-    # token t sees j <= t with decay e^(b_t - b_j), factored about the middle, where neither factor overflows
-    q, k = q * (b - middle).exp(), k * (middle - b).exp()
-    seen = (q @ k.mT).tril()  # in fp32: in the gradient of the gates nearly everything cancels
-    q, k, seen = q.to(dtype), k.to(dtype), seen.to(dtype)
-    added, states = (k.mT @ v) * (end - middle).exp().mT, []  # (B,H,n,K,V)
-    for a, to_middle, to_end in zip(added.unbind(2), middle.exp().mT.unbind(2), end.exp().mT.unbind(2)):
-        states.append(S * to_middle)
-        S = S * to_end + a
-    o = seen @ v + q @ torch.stack(states, 2).to(dtype)
-    return o.flatten(2, 3)[:, :, :T], S
+    q, k, v, g = (torch.unflatten(F.pad(t, (0, 0, 0, -T % c)), 2, (-1, c)) for t in (q, k, v, g))
+    b = g.to(S.dtype).cumsum(3)  # (B,H,n,c,K) log decay from before the chunk to t
+    end = b[..., -1:, :]
+    inside = gla_inside(q, k, v, b, block)
+    q, k = (q * b.exp()).to(dtype), (k * (end - b).exp()).to(dtype)
+    outputs = []
+    for q, k, v, o, decay in zip(*(t.unbind(2) for t in (q, k, v, inside, end.exp().mT))):
+        outputs.append(o + q @ S.to(dtype))
+        S = S * decay + k.mT @ v
+    return torch.stack(outputs, 2).flatten(2, 3)[:, :, :T], S
 
 
-# -- mixers: forward over a sequence, step over one token (B,1,C); state in, state out (None: none is wanted)
+def gla_inside(q, k, v, b, block):
+    """o_t = sum_{j<=t} (q_t e^(b_t - b_j) k_j^T) v_j among the c tokens of a chunk, q (...,c,K), v (...,c,V)"""
+    c = b.shape[-2]
+    if c <= block:  # the decay is factored about the middle, where neither factor overflows
+        middle = b[..., (c - 1) // 2, None, :]
+        scores = (q * (b - middle).exp()) @ (k * (middle - b).exp()).mT
+        return scores.tril().to(v.dtype) @ v  # scores in fp32: in the gradient of the gates nearly all cancels
+    # two halves; the second also sees the first, with decays from the border between them, where both are <= 1
+    q, k, v, b = (t.unflatten(-2, (2, -1)) for t in (q, k, v, b))
+    o1, o2 = gla_inside(q, k, v, b, block).unbind(-3)
+    (_, q2), (k1, _), (v1, _), (b1, b2) = (t.unbind(-3) for t in (q, k, v, b))
+    border = b1[..., -1:, :]
+    q2, k1 = (q2 * (b2 - border).exp()).to(v1.dtype), (k1 * (border - b1).exp()).to(v1.dtype)
+    return torch.cat((o1, o2 + (q2 @ k1.mT) @ v1), -2)
 
-class FNOMixer(nn.Module):
+
+class Mixer(nn.Module):
+    """What a block and the model ask of a mixer: `forward` over a sequence, `step` over one token (B,1,C), state in,
+    state out (None: none is wanted). A state is two tuples: tensors with a row for each row of the batch; the rest."""
+    filters = ()  # names of parameters of two dimensions that are no matrices: no weight decay, no Muon
+
+    def init_weights(self):
+        """Parameters that are not the weight of a Linear, which is N(0, 0.02)"""
+
+    def flops(self, T):
+        """Of a token in forward, T tokens in a sequence, beside two for each parameter"""
+        return 0
+
+    def make_room(self, state, tokens):
+        """A state whose size does not change for so many more tokens"""
+        return state
+
+
+class FNOMixer(Mixer):
     """S: y = FIR(u) * silu(z). Taps are learned numbers times a fixed exponential window for each channel,
     whose time constants run from one token to M, plus a direct path at lag 0.
     State: ring (B,M,C), the last M inputs; pos (1,), slot of the oldest, the next to go; taps (M,C)."""
+    filters = ('taps',)
+
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
         self.in_proj = nn.Linear(C, 2 * C, bias=False)  # u, z
+        self.in_proj.parts = 2
         self.out_proj = nn.Linear(C, C, bias=False)
         self.taps = nn.Parameter(torch.empty(config.n_modes, C))
         self.direct = nn.Parameter(torch.empty(C))
+
+    def init_weights(self):  # filters of unit energy under their windows
+        self.taps.normal_().div_(self.window().norm(dim=0))
+        self.direct.fill_(1)
 
     def window(self):
         """(M,C) fp32, computed at every use: a buffer would be rounded with the weights"""
@@ -211,41 +280,44 @@ class FNOMixer(nn.Module):
 
     def init_state(self, batch_size):
         w, taps = self.out_proj.weight, self.effective_taps()
-        return w.new_zeros(batch_size, *taps.shape), w.new_zeros(1, dtype=torch.long), taps.to(w.dtype)
+        return (w.new_zeros(batch_size, *taps.shape),), (w.new_zeros(1, dtype=torch.long), taps.to(w.dtype))
 
     def forward(self, x, state=None):
         u, z = self.in_proj(x).chunk(2, -1)  # (B,T,C)
         past, M = None, len(self.taps)
         if state is not None:
-            ring, pos, taps = state
+            (ring,), (pos, taps) = state
             past = ring[:, (pos + torch.arange(M, device=x.device)) % M]  # oldest first
             ring = torch.cat((past, u), 1)[:, -M:].to(ring.dtype, copy=True)  # a view would keep all of u
-            past, state = past[:, 1:], (ring, torch.zeros_like(pos), taps)
+            past, state = past[:, 1:], ((ring,), (torch.zeros_like(pos), taps))
         y = causal_fir(u, self.effective_taps(), past)
         return self.out_proj(y * F.silu(z)), state
 
     def step(self, x, state):
         u, z = self.in_proj(x).chunk(2, -1)  # (B,1,C)
-        ring, pos, taps = state
+        (ring,), (pos, taps) = state
         ring.index_copy_(1, pos, u.to(ring.dtype))
         lag = (pos - torch.arange(len(taps), device=x.device)) % len(taps)  # how long ago a slot was written
         pos.add_(1).remainder_(len(taps))
-        return self.out_proj((ring * taps[lag]).sum(1, keepdim=True) * F.silu(z)), state
+        y = (ring * taps.index_select(0, lag)).sum(1, keepdim=True)
+        return self.out_proj(y * F.silu(z)), state
 
 
-class GLAMixer(nn.Module):
+class GLAMixer(Mixer):
     """L: q, k and v pass a short causal filter and SiLU, then gated linear attention, whose output is
     normalised per head and gated by silu(z). The forget gate is of low rank, and its log is bounded below.
     State: S (B,H,K,V) fp32; the last inputs of the short filter (B,3,3C)."""
-    floor = -0.625  # of log_decay: a token keeps over half of the state, a chunk of 128 stays within e^+-40
+    floor = -0.625  # of log_decay: a token keeps over half of the state, a block of 128 stays within e^+-40
     rank = 16  # of the gate projection
     width = 4  # taps of the short filter
+    filters = ('short_taps',)
 
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.n_head, self.chunk_size = config.gla_heads, config.chunk_size
+        self.n_head, self.chunk_size, self.memory = config.gla_heads, config.chunk_size, config.n_modes
         self.in_proj = nn.Linear(C, 4 * C, bias=False)  # q, k, v, z
+        self.in_proj.parts = 4
         self.short_taps = nn.Parameter(torch.empty(self.width, 3 * C))
         self.decay_down = nn.Linear(C, self.rank, bias=False)
         self.decay_up = nn.Linear(self.rank, C)
@@ -254,63 +326,89 @@ class GLAMixer(nn.Module):
         # eps, 1% of that output's variance at initialisation if silu(x) were x / 2, keeps it low.
         self.eps = 0.01 * (C // self.n_head) * (0.02 ** 2 * C / 4) ** 3
 
+    def init_weights(self):
+        self.short_taps.normal_(std=0.1)[0].add_(1)  # the identity and a little of the past
+        exponents = torch.linspace(0.5, 1.5, len(self.decay_up.bias) // self.n_head).repeat(self.n_head)
+        tau = (float(self.memory) ** exponents).clamp(min=2)  # from sqrt(M) to M sqrt(M) tokens in each head
+        self.decay_up.bias.copy_(torch.logit(1 / (tau * -self.floor)))
+
+    def flops(self, T):
+        return 4 * self.out_proj.in_features ** 2 // self.n_head  # the state is written and read
+
     def init_state(self, batch_size):
         w, H = self.out_proj.weight, self.n_head
         S = w.new_zeros(batch_size, H, len(w) // H, len(w) // H, dtype=torch.float32)
-        return S, w.new_zeros(batch_size, self.width - 1, 3 * len(w))
+        return (S, w.new_zeros(batch_size, self.width - 1, 3 * len(w))), ()
 
     def forward(self, x, state=None, attend=gated_linear_attention):
         (B, T, C), H = x.shape, self.n_head
-        S, past = state or self.init_state(B)
+        (S, past), _ = state or self.init_state(B)
         qkv, z = self.in_proj(x).split((3 * C, C), -1)
         inputs = torch.cat((past.to(qkv.dtype), qkv), 1)  # (B,3+T,3C)
-        qkv = sum(tap * inputs[:, j:j + T] for j, tap in enumerate(self.short_taps.flip(0)))
-        qkv = F.silu(qkv).to(z.dtype)
+        taps = self.short_taps.flip(0).to(qkv.dtype)
+        y = taps[0] * inputs[:, :T]
+        for j in range(1, self.width):
+            y = torch.addcmul(y, taps[j], inputs[:, j:j + T])
         log_decay = self.floor * torch.sigmoid(self.decay_up(self.decay_down(x)).float())
-        qkvg = (t.view(B, T, H, -1).transpose(1, 2) for t in (*qkv.chunk(3, -1), log_decay))  # (B,H,T,K)
+        qkvg = (t.view(B, T, H, -1).transpose(1, 2) for t in (*F.silu(y).chunk(3, -1), log_decay))
         o, S = attend(*qkvg, S, self.chunk_size, self.floor)  # (B,H,T,V)
         o = F.rms_norm(o.float(), o.shape[-1:], eps=self.eps).transpose(1, 2).flatten(2).to(z.dtype)
-        return self.out_proj(o * F.silu(z)), (S, inputs[:, T:].to(past.dtype, copy=True)) if state else None
+        state = ((S, inputs[:, T:].to(past.dtype, copy=True)), ()) if state else None
+        return self.out_proj(o * F.silu(z)), state
 
     def step(self, x, state):
-        y, (_, past) = self(x, state, gla_step)
-        state[1].copy_(past)
+        y, ((_, past), _) = self(x, state, gla_step)
+        state[0][1].copy_(past)
         return y, state
 
 
-class AttentionMixer(nn.Module):
+class AttentionMixer(Mixer):
     """A, the baseline: causal softmax attention with rotary positions.
-    State, the KV cache: k and v (B,H,capacity,K), tokens in it."""
+    State, the KV cache: k and v (B,H,capacity,K); the tokens in it, a number, or after make_room() a tensor (1,), so
+    that all steps are one program."""
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
         self.in_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # q, k, v
+        self.in_proj.parts = 3
         self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def flops(self, T):
+        return 2 * T * self.out_proj.in_features  # T / 2 tokens are seen on average, as keys and as values
 
     def init_state(self, batch_size):
         w, H = self.out_proj.weight, self.n_head
-        return w.new_zeros(batch_size, H, 0, len(w) // H), w.new_zeros(batch_size, H, 0, len(w) // H), 0
+        return (w.new_zeros(batch_size, H, 0, len(w) // H), w.new_zeros(batch_size, H, 0, len(w) // H)), (0,)
+
+    def make_room(self, state, tokens):
+        caches, (n,) = state
+        return tuple(F.pad(cache, (0, 0, 0, tokens)) for cache in caches), (caches[0].new_full((1,), int(n), dtype=torch.long),)
 
     def forward(self, x, state=None):
         (B, T, C), K = x.shape, x.shape[2] // self.n_head
-        *caches, n = state or (None, None, 0)
+        caches, (n,) = state or ((), (0,))
+        static = torch.is_tensor(n)
         qkv = self.in_proj(x).view(B, T, 3, self.n_head, K).permute(2, 0, 3, 1, 4)  # (3,B,H,T,K)
         inv_freq = 10000.0 ** -(torch.arange(0, K, 2, device=x.device).float() / K)
-        angle = torch.outer(torch.arange(n, n + T, device=x.device), inv_freq)  # (T,K/2) fp32
+        positions = n + torch.arange(T, device=x.device)
+        angle = positions.unsqueeze(1) * inv_freq  # (T,K/2) fp32
         cos, sin, (a, b) = angle.cos(), angle.sin(), qkv[:2].chunk(2, -1)
         q, k, v = *torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(qkv.dtype), qkv[2]  # RoPE
         if state:
-            if n + T > caches[0].shape[2]:  # full: at least double it
-                caches = [F.pad(cache, (0, 0, 0, n + T)) for cache in caches]
+            if not static and n + T > caches[0].shape[2]:  # full: at least double it
+                caches = tuple(F.pad(cache, (0, 0, 0, n + T)) for cache in caches)
             for cache, new in zip(caches, (k, v)):
-                cache[:, :, n:n + T] = new
-            k, v = (cache[:, :, :n + T].to(q.dtype) for cache in caches)
-            state = *caches, n + T
-        mask = None if n == 0 or T == 1 else torch.ones(T, n + T, dtype=torch.bool, device=x.device).tril(n)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=n == 0 and T > 1)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), state
+                cache.index_copy_(2, positions, new.to(cache.dtype))
+            k, v = (cache[:, :, :None if static else n + T].to(q.dtype) for cache in caches)
+        mask = torch.arange(k.shape[2], device=x.device) <= positions.unsqueeze(1) if static or n else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        return y, (caches, (n.add_(T) if static else n + T,)) if state else None
 
     step = forward
+
+
+MIXERS = {'S': FNOMixer, 'L': GLAMixer, 'A': AttentionMixer}  # by their letter in the pattern
 
 
 class MLP(nn.Module):
@@ -318,6 +416,7 @@ class MLP(nn.Module):
     def __init__(self, C, hidden):
         super().__init__()
         self.in_proj = nn.Linear(C, 2 * hidden, bias=False)  # gate, value
+        self.in_proj.parts = 2
         self.out_proj = nn.Linear(hidden, C, bias=False)
 
     def forward(self, x):
@@ -326,76 +425,71 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, kind):
+    def __init__(self, config, letter):
         super().__init__()
         C = config.n_embd
         self.norm1 = nn.LayerNorm(C, bias=False)
-        self.mixer = {'S': FNOMixer, 'L': GLAMixer, 'A': AttentionMixer}[kind](config)
+        self.mixer = MIXERS[letter](config)
         self.norm2 = nn.LayerNorm(C, bias=False)
         self.mlp = MLP(C, config.mlp_hidden or 2 * C)
 
-    def forward(self, x, state=None, mix=None):
-        y, state = (mix or self.mixer)(self.norm1(x), state)
+    def forward(self, x, state=None, step=False):
+        y, state = (self.mixer.step if step else self.mixer)(self.norm1(x), state)
         x = x + y
         return x + self.mlp(self.norm2(x)), state
 
     def step(self, x, state):
-        return self.forward(x, state, self.mixer.step)
+        return self.forward(x, state, step=True)
 
 
 class FELA(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        kinds = (config.pattern * config.n_layer)[:config.n_layer]
-        self.attention = 'A' in kinds
+        letters = (config.pattern * config.n_layer)[:config.n_layer]
+        self.attention = 'A' in letters
         padded = -(-config.vocab_size // 64) * 64  # GPUs like round sizes; the padding gets no probability
         self.embedding = nn.Embedding(padded, config.n_embd)  # also the output weights
-        self.blocks = nn.ModuleList(Block(config, kind) for kind in kinds)
+        self.blocks = nn.ModuleList(Block(config, letter) for letter in letters)
         self.norm = nn.LayerNorm(config.n_embd, bias=False)
         self.checkpoint_activations = False  # recompute blocks in backward: less memory, a third more time
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """All initialisation. Weights are N(0, 0.02), smaller where they write to the residual stream."""
-        C, M, H = self.config.n_embd, self.config.n_modes, self.config.gla_heads
+        """Weights are N(0, 0.02), smaller where they write to the residual stream; of what is not a weight of
+        a Linear or a norm, each mixer knows its own."""
+        for p in self.parameters():
+            p.fill_(math.nan)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.fill_(1)
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(std=0.02 / math.sqrt(2 * len(self.blocks)) if 'out_proj' in name else 0.02)
+        for block in self.blocks:
+            block.mixer.init_weights()
         for name, p in self.named_parameters():
-            if name.endswith('out_proj.weight'):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif name.endswith('short_taps'):  # the identity and a little of the past
-                nn.init.normal_(p, std=0.1)[0].add_(1)
-            elif name.endswith('taps'):  # filters of unit energy under their windows
-                nn.init.normal_(p).div_(self.get_submodule(name[:-5]).window().norm(dim=0))
-            elif name.endswith(('norm.weight', 'norm1.weight', 'norm2.weight', 'direct')):
-                nn.init.ones_(p)
-            elif name.endswith('decay_up.bias'):  # time constants from sqrt(M) to M sqrt(M) in each head
-                tau = float(M) ** torch.linspace(0.5, 1.5, C // H, device=p.device).repeat(H)
-                p.copy_(torch.logit(1 / (tau.clamp(min=2) * -GLAMixer.floor)))
-            else:
-                assert p.dim() == 2, name
-                nn.init.normal_(p, std=0.02)
+            assert p.is_meta or p.isfinite().all(), f'{name} is not initialised: by the init_weights of its mixer?'
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """Of training, 3 x forward: 2 for every parameter, 4 for every number of L's state, 2 C T for A"""
-        C, kinds = self.config.n_embd, [type(block.mixer) for block in self.blocks]
-        states = kinds.count(GLAMixer) * C * C // self.config.gla_heads
-        return 3 * (2 * self.num_parameters() + 4 * states + 2 * C * T * kinds.count(AttentionMixer))
+        """Of training, 3 x forward: 2 for every parameter, and what mixers do besides"""
+        return 3 * (2 * self.num_parameters() + sum(block.mixer.flops(T) for block in self.blocks))
 
     def configure_optimizers(self, name='adamw', learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95)):
         """-> list of optimizers over named groups, each with an lr_scale that the schedule is multiplied by.
         'adamw', or 'muon': Muon for the matrices inside blocks and AdamW for the rest."""
         if name not in ('adamw', 'muon'):
             raise ValueError(f"optimizer={name!r}: expected 'adamw' or 'muon'")
-        groups, adamw, muon = {}, [], []  # by kind, and by the projections in a matrix (q, k, v)
-        for n, p in self.named_parameters():
-            kind = ('filters' if n.endswith('taps') else 'embedding' if n == 'embedding.weight' else
-                    'matrices' if p.dim() == 2 else 'vectors')
-            parts = 1 if not n.endswith('in_proj.weight') else 2 if 'mlp' in n else len(p) // p.shape[1]
-            groups.setdefault((kind, parts), []).append(p)
+        groups, adamw, muon = {}, [], []  # by kind, and by the projections in a matrix
+        for path, module in self.named_modules():
+            for n, p in module.named_parameters(recurse=False):
+                kind = ('embedding' if module is self.embedding else 'vectors' if p.dim() == 1 else
+                        'filters' if n in getattr(module, 'filters', ()) else 'matrices')
+                assert kind != 'matrices' or isinstance(module, nn.Linear), f'{path}.{n}: not in `filters` of its mixer'
+                groups.setdefault((kind, getattr(module, 'parts', 1)), []).append(p)
         for (kind, parts), params in groups.items():
             wide = kind in ('matrices', 'embedding')
             group = dict(params=params, name=kind, parts=parts, weight_decay=weight_decay if wide else 0.0,
@@ -405,25 +499,38 @@ class FELA(nn.Module):
         return optimizers + ([Muon(muon, lr=learning_rate)] if muon else [])
 
     def hidden(self, x, state=None, step=False):
-        """embeddings x (B,T,C), of a step (B,1,C) -> (normalised output of the last block, like x; state)"""
+        """embeddings x (B,T,C), of a step (B,1,C) -> (output of the last block, like x; state)"""
         again, new_state = self.checkpoint_activations and torch.is_grad_enabled(), []
         for block, s in zip(self.blocks, state or [None] * len(self.blocks)):
             x, s = (block.step if step else recompute(block) if again else block)(x, s)
             new_state.append(s)
-        return self.norm(x), new_state if state else None
+        return x, new_state if state else None
 
-    def logits(self, h):
-        """h (...,C), normalised -> (...,vocab) fp32"""
-        return F.linear(h, self.embedding.weight.to(h.dtype))[..., :self.config.vocab_size].float()
+    def head(self, x):
+        """output of the last block (...,C) -> logits (...,padded vocab) in the dtype of matrix products"""
+        h = self.norm(x)
+        return F.linear(h, self.embedding.weight.to(h.dtype))
+
+    def logits(self, x):
+        """-> (...,vocab) fp32"""
+        return self.head(x)[..., :self.config.vocab_size].float()
+
+    def losses(self, x, targets):
+        """output of the last block (N,C), targets (N,), -1 ignored -> nats (N,)"""
+        logits, V = self.head(x), self.config.vocab_size
+        rows = 2 ** 21 // V + 1 if x.is_cpu else len(x)  # as many as a CPU's cache holds
+        return torch.cat([F.cross_entropy(z[:, :V].float(), y, ignore_index=-1, reduction='none')
+                          for z, y in zip(logits.split(rows), targets.split(rows))])
 
     def forward(self, idx, targets=None, reduction='mean'):
-        """idx (B,T) int64 -> (logits (B,T,vocab), None); with targets (B,T), -1 ignored, (None, loss in
+        """idx (B,T) int64 -> (logits (B,T,vocab) fp32, None); with targets (B,T), -1 ignored, (None, loss in
         nats): reduction 'mean' over the targets, or 'none' for the loss of each token (B,T)."""
-        h, _ = self.hidden(self.embedding(idx))
+        x, _ = self.hidden(self.embedding(idx))
         if targets is None:
-            return self.logits(h), None
-        losses = recompute(lambda h, y: F.cross_entropy(self.logits(h), y, ignore_index=-1, reduction='none'))
-        parts = zip(h.flatten(0, 1).split(2048), targets.flatten().split(2048))  # as logits are large
+            return self.logits(x), None
+        rows = 8192 if x.is_cuda else 2048  # at once, as logits are large; only if they fit a few GB are all kept
+        losses = self.losses if targets.numel() * self.config.vocab_size < 2 ** 30 else recompute(self.losses)
+        parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows))
         loss = torch.cat([losses(*part) for part in parts]).view_as(targets)
         return None, loss if reduction == 'none' else loss.sum() / (targets >= 0).sum().clamp(min=1)
 
@@ -437,24 +544,31 @@ class FELA(nn.Module):
         (B, T), state = idx.shape, state or self.init_state(len(idx))
         segment = T if self.attention else max((16384 if idx.is_cuda else 2048) // B, self.config.n_modes)
         for part in idx.split(segment, 1):
-            h, state = self.hidden(self.embedding(part), state)
-        return self.logits(h[:, -1]), state
+            x, state = self.hidden(self.embedding(part), state)
+        return self.logits(x[:, -1]), state
 
     @torch.inference_mode()
     def step(self, idx, state):
         """idx (B,) -> (logits (B,vocab), state), advanced in place; to go two ways, repeat_state() first"""
-        h, state = self.hidden(self.embedding(idx.unsqueeze(1)), state, step=True)
-        return self.logits(h[:, 0]), state
+        x, state = self.hidden(self.embedding(idx.unsqueeze(1)), state, step=True)
+        return self.logits(x[:, 0]), state
 
     def compile_blocks(self):
         """torch.compile by blocks, as layers of a kind share their code: forward, and step for decoding"""
+        # the second: norms and gates are not computed again for each output of a product
+        options = {'coordinate_descent_tuning': True, 'realize_opcount_threshold': 8}
+        tuned = functools.partial(torch.compile, dynamic=False, options=options)
+        self.logits = tuned(self.logits)
+        if self.norm.weight.is_cuda:
+            self.losses = torch.compile(self.losses, dynamic=False)
         for block in self.blocks:
             block.compile(dynamic=False)
-            block.step = torch.compile(block.step, dynamic=False, options={'coordinate_descent_tuning': True})
+            block.step = tuned(block.step)
 
     @torch.inference_mode()
     def capture_step(self, idx, state):
-        """step(idx, state) as one CUDA graph, some 300 kernels started at once, over its own copy of state"""
+        """step(idx, state) as one CUDA graph, some 300 kernels started at once, over its own copy of a state that has
+        room for A layers"""
         idx, state = idx.clone(), repeat_state(state, 1)
         with torch.cuda.stream(torch.cuda.Stream(idx.device)):  # warm up where nothing is captured
             self.step(idx, repeat_state(state, 1))
@@ -472,10 +586,11 @@ class FELA(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None):
         """Yields the next token of each row (B,). idx is read after `state`; temperature 0 is greedy"""
         (logits, state), step = self.prefill(idx, state), self.step
+        state = [block.mixer.make_room(s, max_new_tokens) for block, s in zip(self.blocks, state)]
         for i in range(max_new_tokens):
             token = sample(logits, temperature, top_k, top_p, generator)
             yield token
-            if i == 0 and idx.is_cuda and not self.attention:
+            if i == 0 and idx.is_cuda:
                 step = self.capture_step(token, state)
             logits, state = step(token, state)
 
@@ -502,10 +617,9 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 def repeat_state(state, n):
-    """A copy of the state with every row n times. Rows are in tensors (B,...) of three dimensions or more."""
-    def repeat(t):
-        return t if isinstance(t, int) else t.repeat_interleave(n, 0) if t.dim() > 2 else t.clone()
-    return [tuple(map(repeat, s)) for s in state]
+    """A copy of the state with every row n times"""
+    return [(tuple(t.repeat_interleave(n, 0) for t in rows), tuple(t.clone() if torch.is_tensor(t) else t for t in rest))
+            for rows, rest in state]
 
 
 class Muon(torch.optim.Optimizer):
@@ -518,19 +632,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum = group['lr'], group['momentum']
+            lr, momentum, shapes = group['lr'], group['momentum'], {}
             for p in (p for p in group['params'] if p.grad is not None):
                 mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
-                x = p.grad.lerp(mean.lerp_(p.grad, 1 - momentum), momentum)  # Nesterov
-                x = x.view(group['parts'], -1, p.shape[1])  # (parts,rows,columns)
-                tall = x.shape[1] > x.shape[2]
-                x = (x.mT if tall else x).to(torch.float32 if p.is_cpu else torch.bfloat16)
-                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):
-                    gram = x @ x.mT
-                    x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+                update = p.grad.lerp(mean.lerp_(p.grad, 1 - momentum), momentum)  # Nesterov
+                shapes.setdefault(p.shape, []).append((p, update.view(group['parts'], -1, p.shape[1])))
                 p.mul_(1 - lr * group['weight_decay'])
-                p.sub_((x.mT if tall else x).reshape(p.shape), alpha=0.2 * lr * math.sqrt(max(x.shape[1:])))
+            for shape, pairs in shapes.items():  # equal shapes together, as each alone is small for a GPU
+                x = orthogonalise(torch.cat([update for _, update in pairs]))  # (n parts,rows,columns)
+                for (p, _), update in zip(pairs, x.split(group['parts'])):
+                    p.sub_(update.reshape(shape), alpha=0.2 * lr * math.sqrt(max(x.shape[1:])))
+
+
+def orthogonalise(x):
+    """x (n,rows,columns) -> each with all its singular values near 1, by Newton-Schulz steps"""
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).to(torch.float32 if x.is_cpu else torch.bfloat16)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
 
 
 # -- checkpoint files: step_000500.pt, then step_000500.json with its sha256. It exists when its .json does.

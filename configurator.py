@@ -1,11 +1,8 @@
 """
 What all scripts share: knobs, one-line errors, ranges, the device, a lock on a folder, an atomic write.
 
-    batch_size = 12  # sequences in a batch (a script's knobs are one block, with a comment each)
-    globals().update(configure(globals()))
-
-python train.py config/small.py --batch_size=32 reads the file first; --help lists the knobs. A config file is
-the user's own Python, which sees the knobs and assigns some; names that begin with _ are private to it.
+A script's knobs are a block of assignments with a comment each; a config file, then --key=value override them.
+A config file is the user's own Python: it sees the knobs and assigns some; names that begin with _ are its own.
 """
 import ast
 import difflib
@@ -15,9 +12,9 @@ import os
 import sys
 from contextlib import suppress
 
-NANOGPT = {'batch_size': 'micro_batch_size, and batch_tokens for a whole step', 'min_lr': 'min_lr_frac',
-           'gradient_accumulation_steps': 'what follows from batch_tokens', 'dropout': '0', 'bias': 'False',
-           'eval_iters': 'eval_tokens', 'decay_lr': 'schedule', 'lr_decay_iters': 'the budget', 'start': 'prompt'}
+NANOGPT = dict(batch_size='see micro_batch_size, and batch_tokens for a whole step', min_lr='see min_lr_frac',
+               gradient_accumulation_steps='it follows from batch_tokens', dropout='there is none',
+               eval_iters='see eval_tokens', decay_lr='see schedule', start='see prompt')
 given = set()  # the knobs that a config file or the command line has set
 _locks = {}  # folder: its open lock
 
@@ -33,8 +30,7 @@ def configure(namespace, argv=None):
     """The knobs of a script, `namespace` its globals(), as a config file and the command line set them."""
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors='backslashreplace')  # for what a terminal cannot show
-    argv, comments = sys.argv[1:] if argv is None else argv, _comments(namespace)
-    file, line = {}, {}
+    argv, comments, file, line = sys.argv[1:] if argv is None else argv, _comments(namespace), {}, {}
     knobs = {k: namespace[k] for k in comments if type(namespace.get(k)) in (int, float, str, bool)
              and k[0] != '_' and not (k.isupper() and k[1:])}  # neither private nor a CONSTANT
     if '--help' in argv or '-h' in argv:
@@ -60,8 +56,7 @@ def _convert(key, value, knobs, where, parse=False):
     if key not in knobs:
         near = difflib.get_close_matches(key, knobs, 1, 0.5)
         hint = f'did you mean {near[0]}?' if near else '--help lists them'
-        hint = f'here it is {NANOGPT[key]}' if key in NANOGPT else hint
-        die(f'unknown knob {key!r:.100} in {where}: {hint}')
+        die(f'unknown knob {key!r:.100} in {where}: {NANOGPT.get(key, hint)}')
     kind, new = type(knobs[key]), value
     with suppress(KeyError, TypeError, ValueError, OverflowError):
         if parse and kind is bool:
@@ -83,12 +78,8 @@ def _read_config(path, knobs):
         inside = e.__traceback__.tb_next  # None: it could not be read
         line = getattr(e, 'lineno', None) or (inside.tb_lineno if inside else 0)
         die(f'{where}, line {line}: {type(e).__name__}: {getattr(e, "msg", None) or e}')
-    return {k: _convert(k, scope[k], knobs, where) for k in _assigned(tree)
-            if k in scope and k[0] != '_'}
-
-
-def _assigned(tree):
-    return [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    return {n.id: _convert(n.id, scope[n.id], knobs, where) for n in ast.walk(tree) if isinstance(n, ast.Name)
+            and isinstance(n.ctx, ast.Store) and n.id in scope and n.id[0] != '_'}
 
 
 def _comments(namespace):
@@ -98,7 +89,8 @@ def _comments(namespace):
     for node in ast.parse(source).body:
         comment = source.split('\n')[node.end_lineno - 1].partition('  # ')[2]
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and (comment or comments):
-            comments.update(dict.fromkeys(_assigned(node), comment))
+            comments.update((n.id, comment) for n in ast.walk(node)
+                            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
         elif comments:
             break
     return comments
@@ -107,11 +99,20 @@ def _comments(namespace):
 def require(config, **rules):
     """End with one line unless every knob keeps its rule: 'a b c' (one of these words) or (least, most)."""
     for key, rule in rules.items():
-        value = config[key]
-        if isinstance(rule, str) and value not in rule.split():
-            die(f'{key}={value!r:.100}: expected one of {", ".join(rule.split())}')
-        if isinstance(rule, tuple) and not rule[0] <= value <= rule[1]:
-            die(f'{key}={value}: expected {rule[0]} to {rule[1]}')
+        words = isinstance(rule, str)
+        if not (config[key] in rule.split() if words else rule[0] <= config[key] <= rule[1]):
+            die(f'{key}={config[key]!r:.100}: expected {"one of " + rule if words else "%s to %s" % rule}')
+
+
+def find_ranks():
+    """-> rank, local rank, number of ranks and whether there are several, from what torchrun sets"""
+    names = ['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT']
+    missing = [name for name in names if name not in os.environ]
+    if {'RANK', 'WORLD_SIZE'} <= set(missing):
+        return 0, 0, 1, False
+    if missing:
+        die(f'of {", ".join(names)} in the environment there is no {", ".join(missing)}: use torchrun')
+    return *(int(os.environ[name]) for name in names[:3]), True
 
 
 def pick_device(device, dtype, local_rank=0):
@@ -139,10 +140,9 @@ def pick_device(device, dtype, local_rank=0):
 def broadcast_json(value, device='cpu', source=0):
     """The `value` of rank `source`. JSON in a tensor: nothing that comes from the network is unpickled."""
     import torch
-    from torch import distributed as dist
     text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
-    dist.broadcast(size := torch.tensor(len(text), device=device), source)
-    dist.broadcast(text.resize_(int(size)), source)
+    torch.distributed.broadcast(size := torch.tensor(len(text), device=device), source)
+    torch.distributed.broadcast(text.resize_(int(size)), source)
     return json.loads(bytes(text.tolist()))
 
 

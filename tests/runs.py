@@ -13,7 +13,7 @@ import time
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPO)
 import prepare  # noqa: E402
-TINY = ('--pattern=SSSL --n_layer=4 --n_embd=16 --n_head=2 --n_modes=16 --block_size=32 --micro_batch_size=4 '
+TINY = ('--pattern=SSSL --n_layer=4 --n_embd=16 --n_head=2 --gla_heads=2 --n_modes=16 --block_size=32 --micro_batch_size=4 '
         '--batch_tokens=256 --max_seconds=0 --optimizer=adamw --learning_rate=2e-3 --schedule=cosine --warmup_iters=3 '
         '--min_lr_frac=0.1 --log_interval=1 --eval_interval=5 --eval_tokens=512 --final_eval_tokens=512 '
         '--sample_tokens=0 --device=cpu --compile=off --dtype=float32').split()  # whatever the defaults are

@@ -98,7 +98,7 @@ def test_file_then_command_line_in_order(script, tmp_path):
     (['one.txt'], ['one.txt', '--key=value', 'config file, name.py']), (['--_private=1'], ['_private']), (['--RED=1'], ['RED']),
     (['--shape=1'], ['shape']), (['--pi=1'], ['pi']), (['--later=1'], ['later']), (['--before=1'], ['before']),
     (['nowhere.py'], ['nowhere.py', 'No such file']), (['\0.py'], ['x00']), (['/.py'], ['No such file']),
-    (['--dropout=0.1'], ['dropout', 'here it is']), (['--batch_size=3'], ['micro_batch_size', 'batch_tokens']),
+    (['--dropout=0.1'], ['dropout', 'there is none']), (['--batch_size=3'], ['micro_batch_size', 'batch_tokens']),
     (['--gradient_accumulation_steps=8'], ['batch_tokens'])])
 def test_mistakes_on_the_command_line(script, capsys, argv, words):
     line = refused(capsys, script, *argv)
@@ -148,7 +148,7 @@ def test_as_a_script(script):
 
 def test_die_and_require(capsys):
     for call, code, line in ((lambda: die('two\nlines \x1b[2J \ud800', code=1), 1, 'two lines \\x1b[2J \\ud800'),
-                             (lambda: require({'k': 'x'}, k='a b'), 2, "k='x': expected one of a, b"),
+                             (lambda: require({'k': 'x'}, k='a b'), 2, "k='x': expected one of a b"),
                              (lambda: require({'k': 3}, k=(0, 2)), 2, 'k=3: expected 0 to 2'),
                              (lambda: pick_device('tpu', 'auto'), 2, "device='tpu': expected auto, ")):
         with pytest.raises(SystemExit) as e:

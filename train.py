@@ -208,7 +208,7 @@ if resume:
         die(f'{out_dir} is of another version or program: {e!r:.200}')
     done, budget = progress()
     if done == 1 and manifest['final']:
-        log(f'finished: {budget}={config[budget]} is used up, a larger one trains on; python sample.py shows text')
+        log(f'finished: {budget}={config[budget]} is used up, a larger --{budget} trains on; python sample.py shows text')
         sys.exit(0)
     del state
 if wandb_log and master:

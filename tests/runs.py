@@ -12,7 +12,6 @@ import time
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPO)
-import prepare  # noqa: E402
 TINY = ('--pattern=SSSL --n_layer=4 --n_embd=16 --n_head=2 --gla_heads=2 --n_modes=16 --block_size=32 --micro_batch_size=4 '
         '--batch_tokens=256 --max_seconds=0 --optimizer=adamw --learning_rate=2e-3 --schedule=cosine --warmup_iters=3 '
         '--min_lr_frac=0.1 --log_interval=1 --eval_interval=5 --eval_tokens=512 --final_eval_tokens=512 '
@@ -156,5 +155,6 @@ def make_data(folder, name='mini', text=None):
     with open(source, 'w') as file:
         file.write(text)
     out_dir = os.path.join(str(folder), 'data', name)
-    prepare.make(dict(dataset=name, data_files=source, tokenizer='bytes', out_dir=out_dir))
+    run = Run(folder, 'prepare.py', [f'--data_files={source}', '--tokenizer=bytes', f'--out_dir={out_dir}']).wait()
+    assert run.code == 0, run.err
     return out_dir

@@ -5,8 +5,8 @@ Train a FELA language model: one process, one machine or a cluster.
     python train.py config/fela_109m.py --chunk_size=128
     torchrun --standalone --nproc_per_node=8 train.py config/fela_1b.py
 
-Ctrl-C or SIGTERM finishes the step, saves and exits with code 0 (a second one leaves at once). The same command
-again goes on from the newest checkpoint. Exit code 2: the input was wrong; 1: the run failed.
+Ctrl-C or SIGTERM finishes the step, saves and exits with code 0; a second one leaves at once. The same
+command goes on from the newest checkpoint. Exit code 2: the input was wrong; 1: the run failed.
 """
 
 import json
@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 from datetime import timedelta
 from time import perf_counter
 from types import SimpleNamespace
@@ -43,10 +42,9 @@ mlp_hidden = 0  # 0: 2 * n_embd
 max_iters = 0  # optimizer steps
 max_tokens = 0  # training tokens
 max_seconds = 240.0  # by the clock, over all resumed parts, pauses included; 0 where another one is given
-# batch
+# batch and optimizer
 batch_tokens = 2048  # tokens per optimizer step, over all ranks; accumulation follows from it
 micro_batch_size = 4  # sequences per forward pass and rank
-# optimizer
 optimizer = 'muon'  # adamw, muon (matrices by Muon, the rest by AdamW)
 learning_rate = 1.5e-2  # peak
 schedule = 'cosine'  # cosine, wsd (warmup, stable, decay), constant
@@ -79,15 +77,12 @@ checkpoint_activations = False  # recompute blocks in the backward pass: less me
 config = configure(globals())
 globals().update(config)
 # -----------------------------------------------------------------------------------------------------------
-
 LINE_SECONDS = 30  # a slow machine is not silent for longer
 rank, local_rank, world, ddp = find_ranks()
-master = rank == 0
-# what a resumed run must know besides weights, optimizers and loss scale. position: windows read so far, by all
-# ranks; warm: progress at the end of warmup; bad: skipped steps in a row; losses: since the last one was logged;
-# metrics: bytes of metrics.jsonl
+master, stop_signals = rank == 0, []  # when they came
+# What a resumed run must know besides weights and optimizers. position: windows read so far, by all ranks;
+# warm: progress at the end of warmup; bad: skipped steps in a row; losses: not yet logged; metrics: file size
 run = SimpleNamespace(step=0, tokens=0, position=0, elapsed=0.0, warm=0.0, bad=0, losses=[], metrics=0)
-stop_signals = []  # when they came
 
 
 def log(line):
@@ -101,11 +96,11 @@ def log(line):
 def one_line(kind, error, trace):
     """What a user, a disk or a device can cause ends in one line, not in a traceback."""
     if isinstance(error, (CheckpointError, DataError, OSError)):
-        die(error)
+        die(f'{error}{"; the first line of a config has the command" if isinstance(error, DataError) else ""}')
     if isinstance(error, ImportError):
         die(f'{error}: pip install it')
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        die(f'{device} is out of memory: a smaller micro_batch_size, or --checkpoint_activations=True', code=1)
+        die(f'{device} is out of memory: lower micro_batch_size or set --checkpoint_activations=True', code=1)
     if ddp and ('gloo' in str(error) or isinstance(error, dist.DistError)):
         die(f'rank {rank} of {world} has lost another one: {error!s:.200}', code=1)
     sys.__excepthook__(kind, error, trace)
@@ -113,7 +108,7 @@ def one_line(kind, error, trace):
 
 def on_signal(number, frame):
     stop_signals.append(perf_counter())
-    if stop_signals[-1] - stop_signals[0] > 0.5 * ddp:  # torchrun passes on what the terminal may have sent already
+    if stop_signals[-1] - stop_signals[0] > 0.5 * ddp:  # torchrun passes on what the terminal sends anyway
         os._exit(128 + number)
 
 
@@ -133,8 +128,8 @@ signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 sys.excepthook = one_line
 require(config, **{key: (0, math.inf) for key, value in config.items() if not isinstance(value, str)})
-require(config, **dict.fromkeys('block_size batch_tokens micro_batch_size log_interval'.split(), (1, math.inf)),
-        decay_frac=(0, 1), min_lr_frac=(0, 1), beta1=(0, 0.999999), beta2=(0, 0.999999), compile='auto on off',
+require(config, **dict.fromkeys('block_size batch_tokens micro_batch_size log_interval'.split(), (1, 1e15)),
+        decay_frac=(0, 1), min_lr_frac=(0, 1), beta1=(0, 0.99999), beta2=(0, 0.99999), compile='auto on off',
         optimizer='adamw muon', schedule='cosine wsd constant', dtype='auto float32 bfloat16 float16')
 if 'max_seconds' not in given and (max_iters or max_tokens):
     config['max_seconds'] = 0.0
@@ -157,20 +152,20 @@ if dataset == 'pysrc':
 train_data = TokenData(data_dir, 'train', block_size, seed)
 val_data = TokenData(data_dir, 'val', block_size)  # its order depends on no knob
 tokenizer, splits = get_tokenizer(train_data.meta['tokenizer']), train_data.meta['splits']
-config |= dict(tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, data_sha256=splits['train']['sha256'],
-               val_sha256=splits['val']['sha256'])
+config |= dict(tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size,
+               data_sha256=splits['train']['sha256'], val_sha256=splits['val']['sha256'])
 if ddp:
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo')
     sys.excepthook = one_line  # torch has wrapped it, and would swallow the line
 
 # -- start, or go on from the newest checkpoint
-resume, shape = False, asdict(FELAConfig()).keys() - {'chunk_size'}
+resume, shape = False, vars(FELAConfig()).keys() - {'chunk_size'}
 if master:
     lock_folder(out_dir)
     resume = bool(list_checkpoints(out_dir))
     if resume and init_from == 'scratch':
-        die(f'out_dir={out_dir!r} has checkpoints: --init_from=auto goes on, another --out_dir leaves them alone')
-if ddp:  # rank 0 decides: one that does not see the folder must not start from scratch beside others that go on
+        die(f'{out_dir} has checkpoints: --init_from=auto goes on, another --out_dir leaves them alone')
+if ddp:  # rank 0 decides: one that does not see the folder must not start anew beside others that go on
     resume, theirs = broadcast_json([resume, config], device)
     refuse_other(theirs, sorted(config.keys() - {'dataset', 'device', 'out_dir'}), 'rank 0')
 torch.manual_seed(seed)
@@ -179,11 +174,11 @@ if resume or init_from not in ('auto', 'scratch'):  # the shape is the checkpoin
     model, state, manifest = load_model(source, device, chunk_size=chunk_size)
     if ddp and broadcast_json(manifest['sha256'], device) != manifest['sha256']:
         die(f'rank {rank} finds another checkpoint in {source} than rank 0: all need the same files')
-    theirs = {**state['config'], **asdict(model.config)}
+    theirs = {**state['config'], **vars(model.config)}
     same = 'tokenizer data_sha256 val_sha256 block_size seed optimizer'.split() if resume else ['tokenizer']
     refuse_other(theirs, sorted(shape & given) + same, source)
-    config |= asdict(model.config)
-    changed = [f'{key} {theirs.get(key)!r} -> {value!r}' for key, value in config.items() if theirs.get(key) != value]
+    config |= vars(model.config)
+    changed = [f'{key} {theirs.get(key)!r} -> {n!r}' for key, n in config.items() if theirs.get(key) != n]
     log(f'going on from {source}, step {manifest["step"]}, with {", ".join(changed) or "the same knobs"}')
 else:
     try:
@@ -195,8 +190,8 @@ model.checkpoint_activations = checkpoint_activations
 optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 log(f'device {device} | dtype {dtype} ({why}) | compile {compile} | {model.num_parameters():,} parameters | '
-    f'{data_dir}: {len(train_data.tokens):,} training tokens ({tokenizer.name}) | {batch_tokens:,} tokens a step = '
-    f'{block_size} x {micro_batch_size} x {world} ranks x {accumulation} accumulated')
+    f'{data_dir}: {len(train_data.tokens):,} training tokens ({tokenizer.name}) | {batch_tokens:,} tokens a '
+    f'step = {block_size} x {micro_batch_size} x {world} ranks x {accumulation} accumulated')
 if resume:
     try:
         for opt, saved in zip(optimizers, state['optimizer'], strict=True):  # with the knobs of this command
@@ -208,14 +203,14 @@ if resume:
         die(f'{out_dir} is of another version or program: {e!r:.200}')
     done, budget = progress()
     if done == 1 and manifest['final']:
-        log(f'finished: {budget}={config[budget]} is used up, a larger --{budget} trains on; python sample.py shows text')
+        log(f'finished: {budget}={config[budget]} is used up, a larger --{budget} trains on')
         sys.exit(0)
     del state
 if wandb_log and master:
     import wandb
     wandb.init(config=config)
 if compile:
-    torch._dynamo.config.optimize_ddp = False  # it cuts graphs at DDP's buckets: here every block is one already
+    torch._dynamo.config.optimize_ddp = False  # it cuts graphs at DDP's buckets: every block is one already
     model.compile_blocks()
 net = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if ddp else model
 
@@ -238,8 +233,8 @@ def learning_rate_now():
 
 @torch.no_grad()
 def evaluate(tokens, final=False):
-    """Loss in nats and bits per byte over the first windows of the validation order, each rank its part. The last
-    evaluation may be long: a signal breaks it off, and the loss is -inf, on all ranks."""
+    """Loss in nats and bits per byte over the first windows of the validation order, each rank its part. A
+    signal breaks off the final one, which may be long: the loss is -inf then, on all ranks."""
     count = min(val_data.n_windows, -(-tokens // block_size) or val_data.n_windows)
     first, last = count * rank // world, count * (rank + 1) // world
     total, line = torch.zeros((), dtype=torch.float64), perf_counter()
@@ -247,7 +242,7 @@ def evaluate(tokens, final=False):
     for i in range(first, last, micro_batch_size):
         with autocast:
             _, losses = model(*get_batch(val_data, i), reduction='none')
-        total += losses[:last - i].double().sum().cpu()
+        total += losses[:last - i].cpu().double().sum()
         if perf_counter() - line > LINE_SECONDS:
             line = perf_counter()
             log(f'step {run.step:6} | evaluation, {(i - first) / (last - first):.0%} done')
@@ -264,9 +259,10 @@ def evaluate(tokens, final=False):
 def metric(**values):
     values = {key: n if math.isfinite(n) else None for key, n in values.items()}  # JSON has no NaN
     if master:
+        row = {'step': run.step, 'tokens': run.tokens, 'elapsed': run.elapsed, **values}
         with suppress(OSError), open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as file:
-            file.truncate(min(run.metrics, file.tell()))  # what follows was torn, or is of steps that are lost
-            file.write(json.dumps({'step': run.step, 'tokens': run.tokens, 'elapsed': run.elapsed, **values}) + '\n')
+            file.truncate(min(run.metrics, file.tell()))  # what follows is torn, or of steps that were lost
+            file.write(json.dumps(row) + '\n')
             run.metrics = file.tell()
         if wandb_log:
             wandb.log(values, step=run.step)
@@ -274,15 +270,15 @@ def metric(**values):
 
 @torch.no_grad()
 def save(final=False, **losses):
-    """Rank 0 writes, and only weights that give a finite loss on the next batch. -> whether it is on the disk"""
+    """Rank 0 writes, and only weights that give a finite loss on the next batch. -> whether it succeeded"""
     global last_save
     last_save = perf_counter()
     if not master:
         return True
     lock_folder(out_dir)  # it may have been removed, and be another run's now
-    state = {'model': model.state_dict(), 'optimizer': [opt.state_dict() for opt in optimizers], 'config': config,
-             'scaler': scaler.state_dict(), 'training': {**vars(run), 'rng': torch.get_rng_state()}}
-    manifest = {'tokens': run.tokens, 'losses': losses, 'config': config, 'tokenizer': tokenizer.name}
+    state = dict(model=model.state_dict(), optimizer=[opt.state_dict() for opt in optimizers], config=config,
+                 scaler=scaler.state_dict(), training={**vars(run), 'rng': torch.get_rng_state()})
+    manifest = dict(tokens=run.tokens, losses=losses, config=config, tokenizer=tokenizer.name)
     with autocast:
         _, ahead = model(x, y)
     try:
@@ -296,16 +292,13 @@ def save(final=False, **losses):
 
 
 # -- the loop
-model.train()
-stopping, busy, steps = False, 0.0, 0
 last_line = last_save = perf_counter()
-clock = last_save - run.elapsed
+stopping, busy, steps, clock = False, 0.0, 0, last_save - run.elapsed
 x, y = get_batch(train_data, run.position + rank * micro_batch_size)
 while progress()[0] < 1 and not stopping:
-    start, lr = perf_counter(), learning_rate_now()
+    start, lr, loss = perf_counter(), learning_rate_now(), 0.0
     for group in (group for opt in optimizers for group in opt.param_groups):
         group['lr'] = lr * group['lr_scale']
-    loss = 0.0
     for micro in range(accumulation):
         with net.no_sync() if ddp and micro + 1 < accumulation else nullcontext():
             with autocast:
@@ -339,9 +332,9 @@ while progress()[0] < 1 and not stopping:
     busy, steps, due = busy + now - start, steps + 1, step % log_interval == 0 or step == 1
     if due or now - last_line > LINE_SECONDS:
         mean, speed = sum(run.losses) / (len(run.losses) or math.nan), steps * batch_tokens / busy
-        log(f'step {step:6} | {done:4.0%} | loss {mean:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s | '
-            f'{speed * model.flops_per_token(block_size) / 1e12:.3g} TFLOP/s | '
-            f'ETA {timedelta(seconds=round(run.elapsed / done - run.elapsed))}')
+        log(f'step {step:6} | {done:4.0%} | loss {mean:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} '
+            f'tok/s | {speed * model.flops_per_token(block_size) / 1e12:.3g} TFLOP/s'
+            f' | ETA {timedelta(seconds=round(run.elapsed / done - run.elapsed))}')
         last_line, busy, steps = now, 0.0, 0
     if due:
         metric(loss=mean, lr=lr, grad_norm=norm, tokens_per_second=speed)
@@ -350,7 +343,8 @@ while progress()[0] < 1 and not stopping:
         losses['val'], bpb = evaluate(eval_tokens)
         log(f'step {step:6} | validation loss {losses["val"]:.4f} | {bpb:.4f} bits per byte')
         metric(val_loss=losses['val'], val_bpb=bpb)
-    if save_interval and step % save_interval == 0 or save_seconds and perf_counter() - last_save > save_seconds:
+    due = save_seconds and perf_counter() - last_save > save_seconds
+    if due or save_interval and step % save_interval == 0:
         save(**losses)
 
 # -- the end
@@ -369,8 +363,8 @@ else:
         sizes = ', '.join(f'{name} {value:.4f}' for name, value in compressed_bpb(data_dir).items())
         log(f'general compressors on the same bytes: {sizes} bits per byte')
     if master and sample_tokens:
-        text = model.eval().generate(torch.tensor([[tokenizer.eot]], device=device), sample_tokens, temperature=0.8,
-                                     top_p=0.95, generator=torch.Generator(device).manual_seed(seed))
-        log(tokenizer.decode(text[0, 1:].tolist()))
+        ids = model.eval().generate(torch.tensor([[tokenizer.eot]], device=device), sample_tokens, top_p=0.95,
+                                    temperature=0.8, generator=torch.Generator(device).manual_seed(seed))
+        log(tokenizer.decode(ids[0, 1:].tolist()))
 if ddp:
     dist.destroy_process_group()

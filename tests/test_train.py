@@ -106,9 +106,11 @@ def test_more_of_a_finished_run(tmp_path, data):
 @pytest.mark.parametrize('args', ['--checkpoint_activations=True', '--dtype=float16', '--dtype=bfloat16'])
 def test_the_same_training_within_rounding(tmp_path, data, args):
     train(tmp_path, data, '--max_iters=3', '--out_dir=a')
-    train(tmp_path, data, '--max_iters=3', '--out_dir=b', args)
-    a, b = (values(tmp_path / name, 'loss') for name in 'ab')
-    assert a == pytest.approx(b, 1e-2 if 'dtype' in args else 1e-5)
+    run = train(tmp_path, data, '--max_iters=3', '--out_dir=b', args)
+    a, b = (metrics(tmp_path / name, 'loss') for name in 'ab')
+    skipped = {i: None for i in (1, 2, 3) if f'step {i}: skipped' in run.out}  # float16 may find its scale by overflowing
+    assert len(skipped) <= ('float16' in args) and {**b, **skipped} == b
+    assert [a[i] for i in b.keys() - skipped] == pytest.approx([b[i] for i in b.keys() - skipped], 1e-2 if 'dtype' in args else 1e-5)
 
 
 def test_a_slow_machine_is_not_silent(tmp_path, data):
@@ -369,7 +371,7 @@ def test_bad_input(tmp_path, data):
     says('batch_tokens', args=['--gradient_accumulation_steps=4'])
     says('nope.py', args=['nope.py'])
     says('batch_tokens=1,000', '= 128', '1,024', args=['--batch_tokens=1000'])
-    says('n_embd=15', 'gla_heads=2', args=['--n_embd=15'])
+    says('n_embd=15', 'n_head=2', args=['--n_embd=15'])
     says('pattern', 'SXL', args=['--pattern=SXL'])
     says('schedule', 'linear', 'cosine', args=['--schedule=linear'])
     says('optimizer', 'sgd', 'muon', args=['--optimizer=sgd'])
@@ -412,7 +414,7 @@ def test_other_model_or_data_is_refused(tmp_path, data):
 
 def test_a_checkpoint_of_another_program(tmp_path, data):
     train(tmp_path, data, '--max_iters=2', '--out_dir=a')
-    for i, change in enumerate(({'training': {}}, {'optimizer': None}, {'model': {'w': 3}}, {'optimizer': []}, {'scaler': 3})):
+    for i, change in enumerate(({'training': {}}, {'optimizer': None}, {'model': {'w': 3}}, {'optimizer': []})):
         shutil.copytree(tmp_path / 'a', tmp_path / f'{i}')
         edit(tmp_path / f'{i}', 'step_000002_final', lambda state: state.update(change))
         line = fails(tmp_path, data, '--max_iters=4', f'--out_dir={i}')

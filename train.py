@@ -96,7 +96,7 @@ def log(line):
 def one_line(kind, error, trace):
     """What a user, a disk or a device can cause ends in one line, not in a traceback."""
     if isinstance(error, (CheckpointError, DataError, OSError)):
-        die(f'{error}{"; the first line of a config has the command" if isinstance(error, DataError) else ""}')
+        die(f'{error}{"; line 1 of a config file has the command" if isinstance(error, DataError) else ""}')
     if isinstance(error, ImportError):
         die(f'{error}: pip install it')
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -49,9 +49,6 @@ def edit(folder, name, change):
     save_checkpoint(str(folder), manifest['step'], state, manifest, manifest['final'])
 
 
-# ---------------------------------------------------------------------------------------------------------- it trains
-
-
 def test_end_to_end(tmp_path, data):
     run = train(tmp_path, data, '--max_iters=60', '--learning_rate=1e-2', '--sample_tokens=20', '--eval_interval=20')
     for words in ('bits per byte', 'gzip', 'xz', 'float32 (as asked)', 'tok/s', 'FLOP/s', 'ETA', '(the end by max_iters)'):
@@ -122,9 +119,6 @@ def test_a_slow_machine_is_not_silent(tmp_path, data):
     run = Run(tmp_path, str(tmp_path / 'slow.py'), [*TINY, data, '--max_iters=3', '--log_interval=100']).wait()
     assert [line[:11] for line in run.out.splitlines() if 'tok/s' in line] == [f'step{i:7}' for i in (1, 2, 3)]
     assert 'step      3 | evaluation, 75% done' in run.out and list(metrics(tmp_path / 'out', 'loss')) == [1]
-
-
-# ------------------------------------------------------------------------------------------------------ exact resuming
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -220,9 +214,6 @@ def test_init_from_takes_the_shape_too(tmp_path, data):
     assert run.code == 0 and 'going on from new, step 1' in run.out and metrics(tmp_path / 'new', 'loss').keys() == {1, 2}
 
 
-# ------------------------------------------------------------------------------------------------------------ stopping
-
-
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_stop_saves(tmp_path, data, number):
     args = (data, '--max_iters=3000', '--log_interval=1')
@@ -306,9 +297,6 @@ def test_torchrun(tmp_path, data):
     assert f'going on from out, step {step}' in train(tmp_path, data, f'--max_iters={step + 1}').out
 
 
-# -------------------------------------------------------------------------------------------------- what may go wrong
-
-
 def test_bad_numbers_are_skipped_then_stop_the_run(tmp_path, data):
     run = start(tmp_path, data, '--max_iters=50', '--learning_rate=1e30', '--warmup_iters=0', '--save_interval=1').wait()
     assert run.code == 1 and run.out.count('skipped, loss') == 10 and 'lr 9.' in run.out, (run.out, run.err)
@@ -362,50 +350,32 @@ def test_a_folder_that_is_made_anew_under_a_run(tmp_path, data):
 
 
 def test_bad_input(tmp_path, data):
-    def says(*parts, args=(), first=data, **kwargs):
-        line = fails(tmp_path, first, '--max_iters=2', *args, **kwargs)
-        assert all(part in line for part in parts), line
-
-    says('batch_sise', 'batch', args=['--batch_sise=3'])
-    says('as in --learning_rate=', args=['--learning_rate', '1e-3'])
-    says('batch_tokens', args=['--gradient_accumulation_steps=4'])
-    says('nope.py', args=['nope.py'])
-    says('batch_tokens=1,000', '= 128', '1,024', args=['--batch_tokens=1000'])
-    says('n_embd=15', 'n_head=2', args=['--n_embd=15'])
-    says('pattern', 'SXL', args=['--pattern=SXL'])
-    says('schedule', 'linear', 'cosine', args=['--schedule=linear'])
-    says('optimizer', 'sgd', 'muon', args=['--optimizer=sgd'])
-    says('device', 'tpu', args=['--device=tpu'])
-    says('micro_batch_size=0', args=['--micro_batch_size=0'])
-    says('beta2=1', args=['--beta2=1'])
-    says('warmup_iters=-1', args=['--warmup_iters=-1'])
-    says('would never end', args=['--max_iters=0'])
-    says('block_size', args=['--block_size=1000000', '--batch_tokens=4000000'])
-    says('missing', 'prepare.py', first='--dataset=' + str(tmp_path / 'missing'))
-    says('shakespeare', 'prepare.py', 'first line', first=f'{REPO}/config/shakespeare.py')  # in a fresh clone
-    assert sorted(n for n in os.listdir(tmp_path) if not n.startswith('run')) == []  # nothing was written
-    says('nothing', 'missing', args=['--init_from=nothing.pt'])
     (tmp_path / 'file').write_text('')
-    says('file/out', 'Not a directory', args=['--out_dir=file/out'])
+    for arg, words in {'--batch_sise=3': 'batch_sise batch', '--learning_rate': 'as in --learning_rate=', 'nope.py': 'nope.py',
+                       '--gradient_accumulation_steps=4': 'batch_tokens', '--batch_tokens=1000': 'batch_tokens=1,000 = 128 1,024',
+                       '--n_embd=15': 'n_embd=15 n_head=2', '--pattern=SXL': 'pattern SXL', '--schedule=linear': 'schedule linear cosine',
+                       '--optimizer=sgd': 'optimizer sgd muon', '--device=tpu': 'device tpu', '--micro_batch_size=0': 'micro_batch_size=0',
+                       '--beta2=1': 'beta2=1', '--warmup_iters=-1': 'warmup_iters=-1', '--max_iters=0': 'would never end',
+                       '--block_size=65536': 'block_size 65536', f'--dataset={tmp_path}/missing': 'missing prepare.py',
+                       '--init_from=nothing.pt': 'nothing', '--out_dir=file/out': 'file/out Not a directory',
+                       f'{REPO}/config/shakespeare.py': 'data/shakespeare prepare.py line 1 of a config file'}.items():
+        first = [data] if 'shakespeare' not in arg else []  # that one as in a fresh clone
+        line = fails(tmp_path, '--max_iters=2', '--batch_tokens=262144', *first, arg)
+        assert all(word in line for word in words.split()), line
+    with open(f'{REPO}/config/shakespeare.py') as file:
+        assert 'input.txt && python prepare.py --data_files=input.txt --dataset=shakespeare' in file.readline()
 
 
 def test_other_model_or_data_is_refused(tmp_path, data):
     train(tmp_path, data, '--max_iters=2')
     before = sorted(os.listdir(tmp_path / 'out'))
-    other, changed = make_data(tmp_path, 'other', 'import this\n' * 999), str(tmp_path / 'changed')
-    shutil.copytree(data[10:], changed)
-    make_data(tmp_path, 'val', 'x' * 99999)
-    for name, source in (('train', data[10:]), ('val', str(tmp_path / 'data' / 'val'))):  # train.bin as it was, val.bin another
-        shutil.copy(f'{source}/{name}.bin', changed)
-    from prepare import _check, load_meta
-    meta = load_meta(data[10:])
-    meta['splits']['val'] = load_meta(str(tmp_path / 'data' / 'val'))['splits']['val']
-    with open(f'{changed}/meta.json', 'w') as file:
-        json.dump({**meta, 'check': _check(meta)}, file)
+    with open(os.path.join(os.path.dirname(data[10:]), '..', 'mini.txt')) as file:
+        text = file.read()
+    other, changed = make_data(tmp_path, 'other', 'import this\n' * 999), make_data(tmp_path, 'changed', text[:-100] + 'x' * 100)
     for args, parts in (((data, '--n_embd=32', '--seed=7'), ('n_embd is 16 in out and 32 here', 'seed is 1337 in out and 7 here')),
                         ((data, '--optimizer=muon'), ("'adamw'", "'muon'")),
                         (('--dataset=' + other,), ('data_sha256 is', 'val_sha256 is')),
-                        (('--dataset=' + changed,), ('error: val_sha256 is',)),
+                        (('--dataset=' + changed,), ('error: val_sha256 is',)),  # its end is held out
                         ((data, '--init_from=scratch'), ('has checkpoints', '--init_from=auto'))):
         line = fails(tmp_path, *args, '--max_iters=4')
         assert all(part in line for part in parts), line

@@ -172,6 +172,12 @@ def test_write_whole(tmp_path):
     assert os.listdir(tmp_path) == ['x'] and (tmp_path / 'x').read_bytes() == b'abc'
 
 
+def test_installing_puts_no_module_on_the_path():
+    """A script elsewhere must not import this folder's `model`: only dependencies are installed."""
+    with open(f'{REPO}/pyproject.toml') as file:
+        assert 'py-modules = []' in file.read()
+
+
 # Anything at all on the command line or in a file gives the knobs in their types, or one line.
 word = st.one_of(st.text(max_size=20), st.sampled_from(['--help', '--', '-', '=', '--=', '--steps', '1e5', 'nan', '0x1']))
 key = st.sampled_from([*KNOBS, 'zeta', '_mine', 'stepz'])

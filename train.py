@@ -99,7 +99,7 @@ def one_line(kind, error, trace):
         die(f'{error}{"; line 1 of a config file has the command" if isinstance(error, DataError) else ""}')
     if isinstance(error, ImportError):
         die(f'{error}: pip install it')
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         die(f'{device} is out of memory: lower micro_batch_size or set --checkpoint_activations=True', code=1)
     if ddp and ('gloo' in str(error) or isinstance(error, dist.DistError)):
         die(f'rank {rank} of {world} has lost another one: {error!s:.200}', code=1)
@@ -194,8 +194,8 @@ log(f'device {device} | dtype {dtype} ({why}) | compile {compile} | {model.num_p
     f'step = {block_size} x {micro_batch_size} x {world} ranks x {accumulation} accumulated')
 if resume:
     try:
-        for opt, saved in zip(optimizers, state['optimizer'], strict=True):  # with the knobs of this command
-            opt.load_state_dict({**saved, 'param_groups': opt.state_dict()['param_groups']})
+        for opt, saved in zip(optimizers, state['optimizer'], strict=True):
+            opt.load_state_dict({**opt.state_dict(), 'state': saved})  # its knobs are those of this command
         scaler.load_state_dict(state['scaler'])
         torch.set_rng_state(state['training']['rng'].cpu())
         run = SimpleNamespace(**{key: type(n)(state['training'][key]) for key, n in vars(run).items()})
@@ -260,7 +260,7 @@ def metric(**values):
     values = {key: n if math.isfinite(n) else None for key, n in values.items()}  # JSON has no NaN
     if master:
         row = {'step': run.step, 'tokens': run.tokens, 'elapsed': run.elapsed, **values}
-        with suppress(OSError), open(os.path.join(out_dir, 'metrics.jsonl'), 'a') as file:
+        with suppress(OSError), open(f'{out_dir}/metrics.jsonl', 'a') as file:
             file.truncate(min(run.metrics, file.tell()))  # what follows is torn, or of steps that were lost
             file.write(json.dumps(row) + '\n')
             run.metrics = file.tell()
@@ -276,8 +276,8 @@ def save(final=False, **losses):
     if not master:
         return True
     lock_folder(out_dir)  # it may have been removed, and be another run's now
-    state = dict(model=model.state_dict(), optimizer=[opt.state_dict() for opt in optimizers], config=config,
-                 scaler=scaler.state_dict(), training={**vars(run), 'rng': torch.get_rng_state()})
+    state = dict(model=model.state_dict(), optimizer=[opt.state_dict()['state'] for opt in optimizers],
+                 training={**vars(run), 'rng': torch.get_rng_state()}, scaler=scaler.state_dict(), config=config)
     manifest = dict(tokens=run.tokens, losses=losses, config=config, tokenizer=tokenizer.name)
     with autocast:
         _, ahead = model(x, y)

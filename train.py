@@ -277,7 +277,7 @@ def save(final=False, **losses):
         return True
     lock_folder(out_dir)  # it may have been removed, and be another run's now
     state = dict(model=model.state_dict(), optimizer=[opt.state_dict()['state'] for opt in optimizers],
-                 training={**vars(run), 'rng': torch.get_rng_state()}, scaler=scaler.state_dict(), config=config)
+                 config=config, training=dict(vars(run), rng=torch.get_rng_state()), scaler=scaler.state_dict())
     manifest = dict(tokens=run.tokens, losses=losses, config=config, tokenizer=tokenizer.name)
     with autocast:
         _, ahead = model(x, y)

@@ -127,12 +127,15 @@ def test_resume_is_exact(tmp_path, data, optimizer, dtype):
     """2N steps = N + kill -9 + resume + N, bit for bit; evaluations and checkpoints change nothing."""
     args = (data, '--max_iters=16', f'--optimizer={optimizer}', f'--dtype={dtype}', '--log_interval=3')
     train(tmp_path, *args, '--out_dir=a')
-    start(tmp_path, *args, '--out_dir=b', '--save_interval=8').until('step_000008.pt').kill().wait()
-    run = train(tmp_path, *args, '--out_dir=b', '--save_interval=8')
-    assert 'going on from b, step 8' in run.out or 'going on from b, step 16' in run.out
-    assert same_run(weights(tmp_path / 'a', 'step_000016_final'), weights(tmp_path / 'b', 'step_000016_final'))
-    for key in ('loss', 'lr', 'grad_norm', 'val_loss', 'final_val_loss'):
-        assert metrics(tmp_path / 'a', key) == metrics(tmp_path / 'b', key)
+    for name, saved in (('b', 'step_000008.pt'), ('d', 'step_000016.pt')):  # the second in the last evaluation
+        out = f'--out_dir={name}', '--save_interval=8', '--final_eval_tokens=' + ('512' if name == 'b' else '0')
+        start(tmp_path, *args, *out).until(saved).kill().wait()
+        run = train(tmp_path, *args, *out)
+        assert f'going on from {name}, step {int(saved[5:11])}' in run.out, run.out
+        assert same_run(*(weights(tmp_path / folder, 'step_000016_final') for folder in ('a', name)))
+        for key in ('loss', 'lr', 'grad_norm', 'val_loss'):
+            assert metrics(tmp_path / 'a', key) == metrics(tmp_path / name, key)
+    assert metrics(tmp_path / 'a', 'final_val_loss') == metrics(tmp_path / 'b', 'final_val_loss')
     if optimizer == 'adamw' and dtype == 'float32':
         train(tmp_path, *args, '--out_dir=c', '--eval_interval=0')
         assert same_run(*(weights(tmp_path / name, 'step_000016_final') for name in 'ac'))

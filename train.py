@@ -265,19 +265,18 @@ def metric(**values):
             file.write(json.dumps(row) + '\n')
             run.metrics = file.tell()
         if wandb_log:
-            wandb.log(values, step=run.step)
+            wandb.log(row, step=run.step)
 
 
 @torch.no_grad()
 def save(final=False, **losses):
     """Rank 0 writes, and only weights that give a finite loss on the next batch. -> whether it succeeded"""
-    global last_save
-    last_save = perf_counter()
     if not master:
         return True
     lock_folder(out_dir)  # it may have been removed, and be another run's now
-    state = dict(model=model.state_dict(), optimizer=[opt.state_dict()['state'] for opt in optimizers],
-                 config=config, training=dict(vars(run), rng=torch.get_rng_state()), scaler=scaler.state_dict())
+    state = dict(model=model.state_dict(), scaler=scaler.state_dict(), config=config,
+                 optimizer=[opt.state_dict()['state'] for opt in optimizers],
+                 training=dict(vars(run), rng=torch.get_rng_state()))
     manifest = dict(tokens=run.tokens, losses=losses, config=config, tokenizer=tokenizer.name)
     with autocast:
         _, ahead = model(x, y)
@@ -346,6 +345,7 @@ while progress()[0] < 1 and not stopping:
     due = save_seconds and perf_counter() - last_save > save_seconds
     if due or save_interval and step % save_interval == 0:
         save(**losses)
+        last_save = perf_counter()
 
 # -- the end
 loss, bpb = (-math.inf, 0) if stopping else evaluate(final_eval_tokens, final=True)

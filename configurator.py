@@ -1,7 +1,7 @@
 """
 What all scripts share: knobs, one-line errors, ranges, the device, a lock on a folder, an atomic write.
 
-A script's knobs are a block of assignments with a comment each; a config file, then --key=value set them anew.
+A script's knobs are a block of assignments with a comment each; a config file, then --key=value change them.
 A config file is the user's own Python: it sees the knobs and sets some; names that begin with _ are its own.
 """
 import ast

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import configurator
-from configurator import configure, die, lock_folder, pick_device, require, write_whole
+from configurator import configure, die, lock_folder, pick_device, require
 from runs import REPO
 
 SCRIPT = '''"""Toy script."""
@@ -162,14 +162,6 @@ def test_lock(tmp_path):
     with pytest.raises(OSError):
         lock_folder(str(tmp_path))
     assert (tmp_path / 'mine').read_text() == 'mine'
-
-
-def test_write_whole(tmp_path):
-    path = str(tmp_path / 'x')
-    assert write_whole(path, lambda file: file.write(b'abc')) == configurator.sha256_of(path)
-    with pytest.raises(ZeroDivisionError):
-        write_whole(path, lambda file: (file.write(b'half'), 1 / 0))
-    assert os.listdir(tmp_path) == ['x'] and (tmp_path / 'x').read_bytes() == b'abc'
 
 
 def test_installing_puts_no_module_on_the_path():

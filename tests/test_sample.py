@@ -33,11 +33,6 @@ def sample(folder, *args, **kwargs):
     return run
 
 
-def test_default_starts_a_document(folder):
-    run = Run(folder, 'sample.py', ['--max_new_tokens=20']).wait()  # out_dir=out, as train.py leaves it
-    assert run.code == 0 and run.out and 'prefill: 1 tokens,' in run.err and 'decode: ' in run.err
-
-
 def test_prompts(folder):
     (folder / 'prompt.txt').write_text('Größe: 日')
     greedy = ['--temperature=0', '--max_new_tokens=40']

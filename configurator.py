@@ -1,26 +1,22 @@
-"""Knobs: a script's own top-level block, overridden by a config file, then by --key=value.
+"""
+What all scripts share: knobs, one-line errors, ranges, the device, a lock on a folder, an atomic write.
 
-A script writes its knobs as top-level assignments with a trailing comment each, then calls `configure`:
-
-    batch_size = 12    # sequences in a batch
-    globals().update(configure(globals()))
-
-    python train.py config/small.py --batch_size=32      # the file first, then the command line
-    python train.py --help                               # every knob, its default, its comment
-
-A config file is the user's own Python: it sees the knobs, and assigns some of them. Names that begin with _ stay
-private to it; any other name it assigns must be a knob. Whatever is wrong ends in one line on stderr and exit code 2.
+A script's knobs are a block of assignments with a comment each; a config file, then --key=value change them.
+A config file is the user's own Python: it sees the knobs and sets some; names that begin with _ are its own.
 """
 import ast
 import difflib
 import hashlib
-import io
+import json
 import os
 import sys
-import tokenize
-import traceback
-import types
 from contextlib import suppress
+
+NANOGPT = dict(batch_size='see micro_batch_size, and batch_tokens for a whole step', min_lr='see min_lr_frac',
+               gradient_accumulation_steps='it follows from batch_tokens', dropout='there is none',
+               eval_iters='see eval_tokens', decay_lr='see schedule', start='see prompt')
+given = set()  # the knobs that a config file or the command line has set
+_locks = {}  # folder: its open lock
 
 
 def die(message, code=2):
@@ -31,168 +27,145 @@ def die(message, code=2):
 
 
 def configure(namespace, argv=None):
-    """The knobs of the script whose globals() are `namespace`, overridden by `argv` (default: the command line)."""
-    if argv is None and hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')        # a character that a terminal lacks must not end a run
-    argv = sys.argv[1:] if argv is None else argv
-    comments = _comments(namespace.get('__file__'))
-    names = namespace if comments is None else comments
-    knobs = {k: namespace[k] for k in names
-             if not k.startswith('_') and type(namespace.get(k)) in (int, float, str, bool)}
+    """The knobs of a script, `namespace` its globals(), as a config file and the command line set them."""
+    with suppress(AttributeError):
+        sys.stdout.reconfigure(errors='backslashreplace')  # for what a terminal cannot show
+    argv, comments, file, line = sys.argv[1:] if argv is None else argv, _comments(namespace), {}, {}
+    knobs = {k: namespace[k] for k in comments if type(namespace.get(k)) in (int, float, str, bool)
+             and k[0] != '_' and not (k.isupper() and k[1:])}  # neither private nor a CONSTANT
     if '--help' in argv or '-h' in argv:
-        _help(namespace, knobs, comments or {})
-    files = [arg for arg in argv if not arg.startswith('-')]
-    if len(files) > 1:
-        die(f'{_show(files[1])}: expected --key=value, after the one config file {_show(files[0])}')
-    for path in files:
-        knobs.update(_read_config(path, knobs))
+        lines = [f'  {f"--{key}={value!r}":30} {comments[key]}\n' for key, value in knobs.items()]
+        with suppress(BrokenPipeError):  # a reader that has seen enough: nothing stays in a buffer
+            os.write(1, ''.join([namespace['__doc__'] or '', '\n', *lines]).encode())
+        sys.exit(0)
     for arg in argv:
-        if arg.startswith('-'):
-            key, equals, text = arg[2:].partition('=')
-            if not (arg.startswith('--') and equals):
-                die(f'{_show(arg)}: expected --key=value' + (f', as in --{key}={knobs[key]}' if key in knobs else ''))
-            knobs[key] = _convert(key, text, knobs, 'the command line', parse=True)
-    return knobs
+        key, equals, text = arg.lstrip('-').partition('=')
+        if arg.startswith('--') and equals:
+            line[key] = _convert(key, text, knobs, 'the command line', parse=True)
+        elif arg.endswith('.py') and not file:
+            file = _read_config(arg, knobs)
+        else:
+            hint = f', as in --{key}={knobs[key]}' if key in knobs else ', or one config file, name.py'
+            die(f'{arg!r:.100}: expected --key=value{hint}')
+    given.update(file, line)
+    return {**knobs, **file, **line}
 
 
 def _convert(key, value, knobs, where, parse=False):
     """`value` in the type of knob `key`: an int stands for a float, 5e8 for an int, 0 and 1 for a bool."""
     if key not in knobs:
         near = difflib.get_close_matches(key, knobs, 1, 0.5)
-        die(f'unknown knob {_show(key)} in {where}: ' + (f'did you mean {near[0]}?' if near else '--help lists them'))
+        hint = f'did you mean {near[0]}?' if near else '--help lists them'
+        die(f'unknown knob {key!r:.100} in {where}: {NANOGPT.get(key, hint)}')
     kind, new = type(knobs[key]), value
-    try:
+    with suppress(KeyError, TypeError, ValueError, OverflowError):
         if parse and kind is bool:
             new = {'true': True, 'True': True, '1': True, 'false': False, 'False': False, '0': False}[value]
-        elif parse and kind is int:
-            new = int(value) if value.lstrip('+-').isdecimal() else float(value)
         elif parse:
-            new = kind(value)
-        if isinstance(new, str) or kind is str or isinstance(new, bool):
-            fits = isinstance(new, kind) and isinstance(new, bool) == (kind is bool)
-        else:
-            fits = kind(new) == new                              # not 0.5 for an int, not 2 for a bool, never nan
-        if fits:
-            return kind(new)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        pass
-    die(f'knob {key} in {where} is {_show(value)}: expected {kind.__name__}, as its default {_show(knobs[key])}')
+            new = float(value) if kind is int and not value.lstrip('+-').isdecimal() else kind(value)
+        if type(new) is kind if isinstance(new, (str, bool)) or kind is str else kind(new) == new:
+            return kind(new)  # not 0.5 for an int, not 2 for a bool, never nan
+    die(f'{key} in {where} is {value!r:.100}: expected {kind.__name__}, as its default {knobs[key]!r:.100}')
 
 
 def _read_config(path, knobs):
-    """What the config file assigns, checked against the knobs."""
-    where, scope = f'config file {_show(path)}', dict(knobs, __file__=path, __name__='config')
+    where, scope = f'config file {path!r:.100}', dict(knobs, __file__=path, __name__='config')
     try:
-        with open(path, 'rb') as f:
-            source = f.read()
-    except (OSError, ValueError) as e:
-        hint = f'; a knob is set by --{path}' if path.partition('=')[0] in knobs else ''
-        die(f'cannot read {where}: {getattr(e, "strerror", None) or e}{hint}')
-    try:
-        exec(compile(source, path, 'exec'), scope)               # the user's own file, and the only text run as code
+        with open(path, 'rb') as file:
+            tree = ast.parse(file.read(), path)
+        exec(compile(tree, path, 'exec'), scope)  # the user's own file, and the only text run as code
     except (Exception, SystemExit) as e:
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        line = getattr(e, 'lineno', None) or (lines or ['?'])[-1]
+        inside = e.__traceback__.tb_next  # None: it could not be read
+        line = getattr(e, 'lineno', None) or (inside.tb_lineno if inside else 0)
         die(f'{where}, line {line}: {type(e).__name__}: {getattr(e, "msg", None) or e}')
-    helpers = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    return {k: _convert(k, v, knobs, where) for k, v in scope.items()
-            if not (k.startswith('_') or k not in knobs and isinstance(v, helpers))}
+    return {n.id: _convert(n.id, scope[n.id], knobs, where) for n in ast.walk(tree) if isinstance(n, ast.Name)
+            and isinstance(n.ctx, ast.Store) and n.id in scope and n.id[0] != '_'}
 
 
-def _comments(path):
-    """{name: trailing comment} of a script's top-level assignments, in their order; None without a source to read."""
-    try:
-        with tokenize.open(path) as f:
-            source = f.read()
-    except (OSError, TypeError):
-        return None
-    notes = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
-             if t.type == tokenize.COMMENT}
-    comments = {}
+def _comments(namespace):
+    """{name: comment} of the first block of assignments in a script that begins with a commented one."""
+    with open(namespace['__file__'], encoding='utf-8') as file:
+        source, comments = file.read(), {}
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            for target in getattr(node, 'targets', None) or [node.target]:
-                for name in ast.walk(target):
-                    if isinstance(name, ast.Name):
-                        comments.setdefault(name.id, notes.get(node.end_lineno, ''))
+        comment = source.split('\n')[node.end_lineno - 1].partition('  # ')[2]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and (comment or comments):
+            comments.update((n.id, comment) for n in ast.walk(node)
+                            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+        elif comments:
+            break
     return comments
-
-
-def _help(namespace, knobs, comments):
-    script = os.path.basename(namespace.get('__file__') or 'script.py')
-    lines = [f'usage: python {script} [config/file.py] [--key=value ...]\n', (namespace.get('__doc__') or '').strip(), '']
-    width = max((len(f'{k}={v!r}') for k, v in knobs.items() if len(repr(v)) < 30), default=0)
-    for key, value in knobs.items():
-        lines.append(f'  --{f"{key}={value!r}":{width}}  {comments.get(key, "")}'.rstrip())
-    try:
-        print('\n'.join(lines), flush=True)
-    except BrokenPipeError:                                      # a reader that has seen enough: head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
-
-
-def _show(value):
-    """repr, cut short: what a user typed, never more than one line."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + '...'
 
 
 def require(config, **rules):
     """End with one line unless every knob keeps its rule: 'a b c' (one of these words) or (least, most)."""
     for key, rule in rules.items():
-        value = config[key]
-        if isinstance(rule, str) and value not in rule.split():
-            die(f'{key}={value!r}: expected one of {", ".join(rule.split())}')
-        if isinstance(rule, tuple) and not rule[0] <= value <= rule[1]:
-            die(f'{key}={value}: expected {rule[0]} to {rule[1]}')
+        words = isinstance(rule, str)
+        if not (config[key] in rule.split() if words else rule[0] <= config[key] <= rule[1]):
+            die(f'{key}={config[key]!r:.100}: expected {"one of " + rule if words else "%s to %s" % rule}')
+
+
+def find_ranks():
+    """-> rank, local rank, number of ranks and whether there are several, from what torchrun sets"""
+    names = ['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT']
+    missing = [name for name in names if name not in os.environ]
+    if {'RANK', 'WORLD_SIZE'} <= set(missing):
+        return 0, 0, 1, False
+    if missing:
+        die(f'of {", ".join(names)} in the environment there is no {", ".join(missing)}: use torchrun')
+    return *(int(os.environ[name]) for name in names[:3]), True
 
 
 def pick_device(device, dtype, local_rank=0):
-    """-> device, dtype with 'auto' resolved, and why that dtype. A plain 'cuda' is the GPU of this local rank."""
+    """-> device, dtype with 'auto' resolved, and why that dtype. 'cuda' is the GPU of this local rank."""
     import torch
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    kind, _, index = device.partition(':')
-    if kind not in ('cpu', 'cuda', 'mps') or not getattr(torch, kind).is_available() or not (index or '0').isdigit():
-        die(f'device={device!r}: not available here (auto, cpu, cuda, cuda:1, mps)')
+    kinds = [kind for kind in ('cuda', 'mps', 'cpu') if getattr(torch, kind).is_available()]
+    kind, _, index = (kinds[0] if device == 'auto' else device).partition(':')
+    if kind not in kinds or index.strip('0123456789'):
+        die(f'device={device!r:.100}: expected auto, {", ".join(kinds)}, or one of several as in cuda:1')
+    device, fast, slow = kind, False, 'float32'
     if kind == 'cuda':
-        device = f'cuda:{index or local_rank}'
-        if int(index or local_rank) >= torch.cuda.device_count():
-            die(f'{device} is not there: this machine has {torch.cuda.device_count()}, and each rank needs one')
+        device, count = f'cuda:{index or local_rank}', torch.cuda.device_count()
+        if int(index or local_rank) >= count:
+            die(f'{device} is not there: this machine has {count}, and each rank needs one')
         torch.cuda.set_device(device)
-    if dtype != 'auto':
-        return device, dtype, 'as asked'
-    if kind == 'cuda':
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return device, *(('bfloat16', 'this GPU has it') if fast else ('float16', 'this GPU has no bfloat16'))
-    try:
-        with open('/proc/cpuinfo') as file:
-            fast = kind == 'cpu' and {'avx512_bf16', 'amx_bf16'} & set(file.read().split())
-    except OSError:
-        fast = False
-    return device, *(('bfloat16', 'this CPU has it') if fast else ('float32', 'no fast bfloat16 here'))
+        fast, slow = torch.cuda.is_bf16_supported(including_emulation=False), 'float16'
+        if dtype != 'float32':
+            torch.set_float32_matmul_precision('high')  # TF32 for the few products that stay in fp32
+    with suppress(OSError), open('/proc/cpuinfo') as file:
+        fast |= kind == 'cpu' and not {'avx512_bf16', 'amx_bf16'}.isdisjoint(file.read().split())
+    auto = ('bfloat16', 'which is fast here') if fast else (slow, 'no fast bfloat16 here')
+    return device, *(auto if dtype == 'auto' else (dtype, 'as asked'))
+
+
+def broadcast_json(value, device='cpu', source=0):
+    """The `value` of rank `source`. JSON in a tensor: nothing that comes from the network is unpickled."""
+    import torch
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(size := torch.tensor(len(text), device=device), source)
+    torch.distributed.broadcast(text.resize_(int(size)), source)
+    return json.loads(bytes(text.tolist()))
 
 
 def lock_folder(folder):
-    """One run a folder, for the life of this process: the kernel ends the lock with it, however it ends.
-    Raises BlockingIOError, in one line that names the holder, where another process has it."""
+    """One run a folder, for the life of this process: the kernel ends the lock with it, however it ends. When
+    called again it locks a folder that was made anew. Raises BlockingIOError, which names the holder."""
     os.makedirs(folder, exist_ok=True)
-    file = open(os.path.join(folder, 'lock'), 'a+')
+    path = os.path.join(folder, 'lock')
+    with suppress(KeyError, OSError):
+        if os.path.samestat(os.stat(path), os.fstat(_locks[folder])):
+            return
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)  # never through a link
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        raise BlockingIOError(f'{folder} is in use by process {file.read(40) or "?"}') from None
+        holder = os.read(lock, 20).decode(errors='replace')
+        raise BlockingIOError(f'{folder} is in use by process {holder}') from None
     except (ImportError, OSError) as e:  # Windows, or a file system without locks
         print(f'warning: {folder} cannot be locked: {e}', file=sys.stderr)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    lock_folder.held[folder] = file  # open until the process ends
-
-
-lock_folder.held = {}
+    _locks[folder] = lock
+    os.truncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
 
 
 def sha256_of(path):

@@ -6,6 +6,7 @@ out_dir = 'out_fela_1b'
 n_layer = 24
 n_embd = 2048
 n_head = 16
+gla_heads = 4  # the paper has 16: few, wide heads remember more
 n_modes = 512
 mlp_hidden = 4416  # 24 * ((3.6875 + 3 * 2.156) * 2048^2) + 50304 * 2048 = 1.13e9
 block_size = 2048

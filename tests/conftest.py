@@ -1,13 +1,26 @@
+"""Which promise is proved where. One of them alone: `pytest tests/test_train.py -k resume`.
+
+| promise | file | -k |
+|---|---|---|
+| FFT, products, ring buffer and direct sum are one filter; chunks and the recurrence are one GLA | test_model.py | fir, gla |
+| prefill, steps and forward agree; a row does not depend on its batch; no output sees a later input | test_model.py | |
+| a checkpoint is whole or not there: kills, flips, truncations; nothing that is loaded is executed | test_checkpoint.py | |
+| N steps + kill + resume + N steps = 2N steps, on one rank and on two; signals save | test_train.py | resume, stop |
+| budgets, bad input, full disks, lost ranks, two runs in one folder: one line | test_train.py | |
+| rounds, ledger, elasticity, S3; nothing from the network is unpickled | test_diloco.py | |
+| odd texts, what is left out, batches without replacement | test_prepare.py | |
+| streaming, stops, long prompts | test_sample.py | |
+| knobs, hints, the lock, the atomic write | test_configurator.py | |
+| every suite against a plain adapter or a direct computation | test_eval.py | |
+"""
 import os
 import signal
 import sys
 
 import pytest
-import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-os.environ.setdefault('TRITON_INTERPRET', str(int(not torch.cuda.is_available())))  # Triton's kernels on a CPU, read at import
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would all we start
 
 

@@ -1,4 +1,4 @@
-"""Real training processes for tests, quickly: forked from a server that has imported torch, they start in 0.1 s."""
+"""Real processes for tests, quickly: forked from a server that has imported torch, they start in 0.1 s."""
 import atexit
 import json
 import multiprocessing
@@ -12,11 +12,10 @@ import time
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPO)
-import prepare  # noqa: E402
-TINY = ('--pattern=SSSL --n_layer=4 --n_embd=16 --n_head=2 --n_modes=16 --block_size=32 --micro_batch_size=4 '
-        '--batch_tokens=256 --max_seconds=0 --optimizer=adamw --learning_rate=2e-3 --schedule=cosine --warmup_iters=3 '
-        '--min_lr_frac=0.1 --log_interval=1 --eval_interval=5 --eval_tokens=512 --final_eval_tokens=512 '
-        '--sample_tokens=0 --device=cpu --compile=off --dtype=float32').split()  # whatever the defaults are
+TINY = ('--pattern=SSSL --n_layer=4 --n_embd=16 --n_head=2 --gla_heads=2 --n_modes=16 --block_size=32 '
+        '--micro_batch_size=4 --batch_tokens=256 --max_seconds=0 --optimizer=adamw --learning_rate=2e-3 '
+        '--schedule=cosine --warmup_iters=3 --min_lr_frac=0.1 --log_interval=1 --eval_interval=5 --eval_tokens=512 '
+        '--final_eval_tokens=512 --sample_tokens=0 --device=cpu --compile=off --dtype=float32').split()
 
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(['torch', 'torch.distributed', 'torch.nn.parallel', 'torch.utils.checkpoint',
@@ -137,8 +136,7 @@ def train_ranks(folder, ranks, *args, code=0, last=()):
 def metrics(out_dir, key):
     """{step: value} of metrics.jsonl"""
     with open(os.path.join(str(out_dir), 'metrics.jsonl')) as file:
-        rows = [json.loads(line) for line in file]
-    found = [(row['step'], row[key]) for row in rows if key in row]
+        found = [(row['step'], row[key]) for row in map(json.loads, file) if key in row]
     assert len(dict(found)) == len(found), 'a step was logged twice'
     return dict(found)
 
@@ -149,12 +147,12 @@ def values(out_dir, key):
 
 def make_data(folder, name='mini', text=None):
     """A byte dataset of this repository's own text, made by prepare.py."""
-    source = os.path.join(str(folder), f'{name}.txt')
-    if text is None:
-        with open(os.path.join(REPO, 'train.py')) as a, open(os.path.join(REPO, 'prepare.py')) as b:
-            text = a.read() + b.read()
+    source, out_dir = os.path.join(str(folder), f'{name}.txt'), os.path.join(str(folder), 'data', name)
     with open(source, 'w') as file:
-        file.write(text)
-    out_dir = os.path.join(str(folder), 'data', name)
-    prepare.make(dict(dataset=name, data_files=source, tokenizer='bytes', out_dir=out_dir))
+        for script in ('train.py', 'prepare.py') if text is None else ():
+            with open(os.path.join(REPO, script)) as other:
+                file.write(other.read())
+        file.write(text or '')
+    run = Run(folder, 'prepare.py', [f'--data_files={source}', '--tokenizer=bytes', f'--out_dir={out_dir}']).wait()
+    assert run.code == 0, run.err
     return out_dir

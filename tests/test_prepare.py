@@ -1,7 +1,6 @@
 """Text in, tokens out and back: exact, each window once an epoch, never a dataset that looks finished and is not."""
 import bz2
 import contextlib
-import csv
 import gzip
 import hashlib
 import json
@@ -144,9 +143,7 @@ def test_white_space_that_overflows_tiktoken(vocabulary):
 @relaxed
 @given(text=texts, size=st.integers(1, 5))
 def test_pieces_change_no_token(vocabulary, text, size):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, '_PIECE', size)
-        pieces = list(prepare._pieces([text]))
+    pieces = list(prepare._pieces([text], size))
     assert b''.join(part for part, _ in pieces) == text.encode()
     assert [first for _, first in pieces] == [True, *[False] * (len(pieces) - 1)][:len(pieces)]
     assert [i for part, _ in pieces for i in vocabulary.encode_bytes(part)] == vocabulary.bpe.encode_ordinary(text)
@@ -218,9 +215,9 @@ def test_folders_are_split_by_file_and_what_is_left_out_is_said(tmp_path, capsys
     assert 0.15 < meta['splits']['val']['bytes'] / sum(map(len, texts.values())) <= 0.21
     said = capsys.readouterr().out
     for why, n, name in (('repeated', 1, 'x5.c'), ('binary', 1, 'program.c'), ('empty', 1, 'nothing.c'),
-                         ('hidden or of another kind', 4, '.git/x.c'), ('UTF16', 1, 'windows.c'),
-                         ('compressed', 4, 'cut.c')):
-        line, = [line for line in said.splitlines() if line.startswith(f'left out ({why}): {n}')]
+                         ('hidden or of another kind', 4, 'link.c'), ('UTF16', 1, 'windows.c'),
+                         ('packed', 4, 'cut.c'), ('taken', 61, 'packed.c.gz')):
+        line, = [line for line in said.splitlines() if line.startswith(f'{why}: {n} files')]
         assert name in line
     held = set(documents(folder, 'val'))
     write(src / 'new.c', 'new')                                                # a new file moves few others across
@@ -272,7 +269,7 @@ def test_one_binary_file(tmp_path):
 def test_a_changed_source_is_noticed(tmp_path):
     source = write(tmp_path / 'mine.txt', 'some text ' * 100)
     run(f'--data_files={source}', cwd=tmp_path)
-    assert 'changed' not in run(f'--data_files={source}', cwd=tmp_path)
+    assert 'made anew' not in run(f'--data_files={source}', cwd=tmp_path)
     write(tmp_path / 'mine.txt', 'some more ' * 100)                           # of the same size
     assert 'data/mine is made anew: its source has changed' in run(f'--data_files={source}', cwd=tmp_path)
     assert read_bytes(str(tmp_path / 'data' / 'mine'), 'train') == b'some more ' * 90
@@ -303,19 +300,13 @@ def rows(path, texts=ROWS, column='text'):
         pytest.importorskip('datasets').Dataset.from_list(table).to_parquet(str(path))
         return str(path)
     with open(path, 'w', newline='') as file:
-        if name in ('csv', 'tsv'):
-            writer = csv.DictWriter(file, ['n', column], delimiter=',' if name == 'csv' else '\t')
-            writer.writeheader()
-            writer.writerows(table)
-        else:
-            json.dump(table, file, indent=1) if name == 'json' else file.writelines(json.dumps(row) + '\n' for row in table)
+        json.dump(table, file, indent=1) if name == 'json' else file.writelines(json.dumps(row) + '\n' for row in table)
     if packed:
         path.write_bytes({'gz': gzip, 'bz2': bz2, 'xz': lzma}[packed].compress(path.read_bytes()))
     return str(path)
 
 
-@pytest.mark.parametrize('name', ['a[1].jsonl', 'x*.parquet', 'x.json', 'x.csv', 'x.tsv', 'x.jsonl.gz', 'x.csv.bz2',
-                                  'a,b.jsonl.xz'])
+@pytest.mark.parametrize('name', ['a[1].jsonl', 'x*.parquet', 'x.json', 'x.jsonl.gz', 'x.json.bz2', 'a,b.jsonl.xz'])
 def test_rows(tmp_path, capsys, name):
     """Names are names, not patterns: a[1].jsonl is a file."""
     meta, folder = make(tmp_path, data_files=rows(tmp_path / name, column='body'), text_column='body')
@@ -327,12 +318,11 @@ def test_rows(tmp_path, capsys, name):
 
 
 def test_files_with_other_columns_and_of_other_formats(tmp_path):
-    write(tmp_path / 'd' / 'a.jsonl', '{"text": "one", "n": 1}\n{"text": null}\n\n{"m": 3}\n')
+    write(tmp_path / 'd' / 'a.jsonl', '{"text": "one", "n": 1}\n{"text": null}\n\n')
     write(tmp_path / 'd' / 'b.jsonl', '\ufeff{"m": [], "text": "two"}\r\n')
-    write(tmp_path / 'd' / 'c.csv', 'm,text\n1,three\n2\n')
-    write(tmp_path / 'd' / 'd.txt', 'four')
+    write(tmp_path / 'd' / 'c.txt', 'three')
     _, folder = make(tmp_path, data_files=str(tmp_path / 'd'), val_fraction=0.5)
-    assert sorted(read_bytes(folder, 'train') + read_bytes(folder, 'val')) == sorted(b'onetwothreefour')
+    assert sorted(read_bytes(folder, 'train') + read_bytes(folder, 'val')) == sorted(b'onetwothree')
 
 
 def test_local_copy_of_a_hub_dataset(vocabulary, tmp_path, monkeypatch):
@@ -347,7 +337,7 @@ def test_local_copy_of_a_hub_dataset(vocabulary, tmp_path, monkeypatch):
     assert read_bytes(folder, 'train') == ''.join(lines).encode()
     assert meta['tokenizer'] == 'gpt2' and meta['splits']['train']['bytes'] == len(''.join(lines).encode())
     assert vocabulary.eot not in TokenData(folder, 'train', 1).tokens
-    with pytest.raises(DataError, match=r"row 1: expected text in column 'n'.*\['n', 'text'\]"):
+    with pytest.raises(DataError, match="row 1: expected .* text in column 'n'"):
         make(tmp_path / 'n', hf_dataset=str(tmp_path / 'wiki'), text_column='n')
     rows(tmp_path / 'plain' / 'data.jsonl')
     _, folder = make(tmp_path / 'b', hf_dataset=str(tmp_path / 'plain'), tokenizer='bytes', val_fraction=0.1)
@@ -355,13 +345,13 @@ def test_local_copy_of_a_hub_dataset(vocabulary, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('{"body": "x", "n": 1}\n', "KeyError('text'); columns ['body', 'n']"), ('{"text": ["a"]}\n', "not 'list'"),
+    ('{"body": "x", "n": 1}\n', "KeyError('text') in {'body': 'x', 'n': 1}"), ('{"text": ["a"]}\n', "not 'list'"),
     ('{"text": "a"}\n{"text": 5}\n', "row 2: "), ('{"text": "a"}\n[1]\n', 'row 2: '), ('{"text": ', 'row 0: '),
     ('["a"]', 'row 1: '), ('{\n"text": "a"}', 'row 0: '), (b'{"text": "\xff"}', 'row 0: ')])
 def test_rows_that_are_none(tmp_path, text, words):
     """The file, the row, the column and what was expected."""
     good, bad = rows(tmp_path / 'a.jsonl'), write(tmp_path / 'b.jsonl', text)
-    with pytest.raises(DataError, match="expected text in column 'text'") as e:
+    with pytest.raises(DataError, match="expected .* text in column 'text'") as e:
         make(tmp_path, data_files=f'{good},{bad}')
     assert str(e.value).startswith(bad) and words in str(e.value) and '\n' not in str(e.value)
 
@@ -412,9 +402,9 @@ def test_tokens_outside_the_vocabulary(tmp_path):
 
 def test_missing_and_half_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r'not there: make it with `python prepare.py --dataset=pysrc --out_dir'):
+    with pytest.raises(DataError, match='not there, or only half made: .*python prepare.py --dataset=pysrc --out_dir=data/pysrc'):
         TokenData('data/pysrc', 'train', 8)
-    with pytest.raises(DataError, match=r'--dataset=x --out_dir=some/x --data_files=FILE'):
+    with pytest.raises(DataError, match='--dataset=x --out_dir=some/x`, .*--data_files=FILES'):
         TokenData('some/x', 'train', 8)
     write(tmp_path / 'data' / 'pysrc' / 'train.bin', b'1234')
     with pytest.raises(DataError, match='half made'):
@@ -429,7 +419,7 @@ def test_damage_is_found_and_repaired(tmp_path):
     whole, whole_meta = path.read_bytes(), (tmp_path / 'made' / 'meta.json').read_bytes()
     for length in (0, 1, 2, len(whole) - 2, len(whole) - 1, len(whole) + 1, len(whole) * 2):
         write(path, (whole * 2)[:length])
-        with pytest.raises(DataError, match='make it with'):
+        with pytest.raises(DataError, match='is damaged'):
             TokenData(folder, 'train', 8)
     for _ in range(300):
         damaged = bytearray(whole)
@@ -468,8 +458,8 @@ def test_anything_as_meta(tmp_path, content):
     (['--data_files=x.txt', '--roots=.'], ['use one of']), (['--roots=.', '--suffixes=.zig'], ['0 bytes of text']),
     (['--dataset=pysrc', '--tokenizer=gpt5'], ['gpt5', 'bytes or gpt2']), (['--dataset=pysrc', '--num_proc=-1'], ['num_proc']),
     (['--data_files=x.txt', '--val_fraction=1'], ['val_fraction']), (['--dataset=pysrc', '--sed=1'], ['did you mean seed?']),
-    (['--data_files=windows.txt'], ['windows.txt', 'UTF16', 'expected a f']), (['--data_files=x.zip'], ['compressed', 'unpack']),
-    (['--data_files=x.txt.zst'], ['compressed', 'unpack']), (['--data_files=cut.gz'], ['cut.gz']),
+    (['--data_files=windows.txt'], ['windows.txt', 'UTF16', 'expected a f']), (['--data_files=x.zip'], ['packed', 'unpack']),
+    (['--data_files=x.txt.zst'], ['packed', 'unpack']), (['--data_files=cut.gz'], ['cut.gz']),
     (['--data_files=bad.gz'], ['bad.gz', 'unreadable']), (['--data_files=bad.parquet'], ['bad.parquet, row 0'])])
 def test_mistakes(tmp_path, args, words):
     packed = gzip.compress(random.Random(0).randbytes(9000))
@@ -492,7 +482,7 @@ def test_another_recipe_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize('package, args', [('pyarrow', ['--data_files=x.parquet']), ('datasets', ['--tokenizer=bytes']),
                                            ('tiktoken', ['--data_files=x.txt', '--tokenizer=gpt2'])])
 def test_missing_packages(tmp_path, package, args):
-    write(tmp_path / 'none' / f'{package}.py', 'raise ImportError')
+    write(tmp_path / 'none' / f'{package}.py', f'raise ImportError(name={package!r})')
     write(tmp_path / 'x.txt', 'text ' * 99)
     write(tmp_path / 'x.parquet', 'PAR1')
     write(tmp_path / 'x.jsonl', '{"text": "xxxxxxxxxxxxxxxxxxxxxxx"}\n')

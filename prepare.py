@@ -79,7 +79,7 @@ class GPT2Tokenizer(ByteTokenizer):  # GPT-2's byte pairs, by tiktoken
             import tiktoken
             self.bpe = tiktoken.get_encoding('gpt2')
         except Exception as e:  # whatever its downloader raises
-            raise DataError(f'gpt2 needs `pip install tiktoken`, offline TIKTOKEN_CACHE_DIR: {e!r}') from None
+            raise DataError(f'gpt2: pip install tiktoken, offline TIKTOKEN_CACHE_DIR: {type(e).__name__}') from None
 
     def decode_bytes(self, ids):
         return self.bpe.decode_bytes([int(i) for i in ids])
@@ -95,7 +95,7 @@ class GPT2Tokenizer(ByteTokenizer):  # GPT-2's byte pairs, by tiktoken
         return ids
 
 
-# tiktoken can't take bytes that are not UTF-8, or a million blanks in a row: GPT-2's own pattern cuts there.
+# tiktoken can't take bytes that are not UTF-8, or a million blanks on end: cut where GPT-2's own pattern cuts.
 _HARD = re.compile(r'([\udc80-\udcff]+|(?<!\s)\s{10000,}(?=\s\S))')
 # Before an ASCII blank after an ASCII letter, that pattern always starts a token: texts can be cut there.
 _CUT = re.compile(rb'(?<=[!-~])(?=[ \n])')
@@ -183,7 +183,7 @@ _NOT_TEXT = (rb'(?P<empty>\Z)|(?P<UTF16>\xff\xfe|\xfe\xff)|(?P<packed>\x28\xb5\x
 
 
 def _open(path):
-    module = {'.gz': 'gzip', '.bz2': 'bz2', '.xz': 'lzma'}.get(os.path.splitext(path)[1])
+    module = {'.gz': 'gzip', '.bz2': 'bz2', '.xz': 'lzma'}.get(os.path.splitext(path.lower())[1])
     return __import__(module).open(path) if module else open(path, 'rb')
 
 
@@ -216,7 +216,7 @@ def _find(paths, suffixes, library):
 
 def _rows(path, column):
     """The rows of a file, as dicts; a text file (where there is no column, any file) is one row."""
-    match = column and re.search(r'\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz))?$', path)
+    match = column and re.search(r'\.(jsonl?|ndjson|csv|tsv|parquet)(\.(gz|bz2|xz))?$', path.lower())
     with _open(path) as file:
         if not match:
             yield {column: np.memmap(path, np.uint8, 'r') if hasattr(file, 'raw') else file.read()}
@@ -232,15 +232,15 @@ def _rows(path, column):
 
 def _texts(rows, column, where):
     """The text of every row as bytes."""
-    number, row = 0, ()
+    number, row = 0, 'nothing read'
     try:
         for number, row in enumerate(rows, 1):
             text = b'' if row[column] is None else row[column]
             yield _utf8(text) if isinstance(text, str) else memoryview(text)
     except Exception as e:  # whatever the libraries for these formats raise
-        found = f'pip install {e.name}' if isinstance(e, ImportError) else f'{e!r} in {str(row)[:200]}'
-        raise DataError(f'{where}, row {number}: expected json or parquet with text in column {column!r}, or '
-                        f'--roots={where} for plain text: {found}') from None
+        found = f'pip install {e.name}' if isinstance(e, ImportError) else f'{e!r}, {str(row)[:200]}'
+        raise DataError(f'{where}, near row {number}: expected json or parquet with text in column '
+                        f'{column!r}, or --roots={where} for plain text: {found}') from None
 
 
 def _split(documents, config, names=()):
@@ -375,6 +375,6 @@ if __name__ == '__main__':
     try:
         make(config)
     except (DataError, OSError) as e:
-        die(e, 2 if isinstance(e, DataError) else 1)
+        die(f'no dataset is made: {e}', 2 if isinstance(e, DataError) else 1)
     except KeyboardInterrupt:
         die('interrupted: no dataset is made', 130)

@@ -79,7 +79,7 @@ class GPT2Tokenizer(ByteTokenizer):  # GPT-2's byte pairs, by tiktoken
             import tiktoken
             self.bpe = tiktoken.get_encoding('gpt2')
         except Exception as e:  # whatever its downloader raises
-            raise DataError(f'gpt2: pip install tiktoken, offline TIKTOKEN_CACHE_DIR: {type(e).__name__}') from None
+            raise DataError(f'gpt2: pip install tiktoken, offline TIKTOKEN_CACHE_DIR: {e!r:.60}') from None
 
     def decode_bytes(self, ids):
         return self.bpe.decode_bytes([int(i) for i in ids])
@@ -95,7 +95,7 @@ class GPT2Tokenizer(ByteTokenizer):  # GPT-2's byte pairs, by tiktoken
         return ids
 
 
-# tiktoken can't take bytes that are not UTF-8, or a million blanks on end: cut where GPT-2's own pattern cuts.
+# tiktoken can't take bytes that are not UTF-8, or a million blanks on end: cut as GPT-2's own pattern does.
 _HARD = re.compile(r'([\udc80-\udcff]+|(?<!\s)\s{10000,}(?=\s\S))')
 # Before an ASCII blank after an ASCII letter, that pattern always starts a token: texts can be cut there.
 _CUT = re.compile(rb'(?<=[!-~])(?=[ \n])')
@@ -238,7 +238,7 @@ def _texts(rows, column, where):
             text = b'' if row[column] is None else row[column]
             yield _utf8(text) if isinstance(text, str) else memoryview(text)
     except Exception as e:  # whatever the libraries for these formats raise
-        found = f'pip install {e.name}' if isinstance(e, ImportError) else f'{e!r}, {str(row)[:200]}'
+        found = f'pip install {e.name}' if isinstance(e, ImportError) else f'{e!r:.200}, {row!r:.200}'
         raise DataError(f'{where}, near row {number}: expected json or parquet with text in column '
                         f'{column!r}, or --roots={where} for plain text: {found}') from None
 

@@ -361,7 +361,7 @@ def test_damage_is_found_and_repaired(tmp_path, capsys):
         with contextlib.suppress(DataError):
             assert load_meta(folder) == json.loads(whole_meta)                 # white space may change, and no more
     assert make(tmp_path, **knobs)[0]['splits'] == meta['splits']
-    for content in (b'', b'\xff', b'[' * 100_000, b'{}', b'[]', b'{"check": 1, "splits": null}', b'1e999'):
+    for content in (b'', b'\xff', b'[' * 100_000, b'[]', b'{"check": 1, "splits": null}'):
         write(meta_path, content)
         with pytest.raises(DataError, match='meta.json is damaged'):
             TokenData(folder, 'train', 8)
@@ -409,29 +409,26 @@ def test_missing_packages_and_no_network(tmp_path, package, args):
 BIG = ['--data_files=big.txt', '--num_proc=1', '--val_fraction=0.5']
 
 
-def big_file(tmp_path, megabytes=48):
-    write(tmp_path / 'big.txt', b'some words and a number 123\n' * (megabytes * 40_000))
-    return tmp_path / 'data' / 'big'
-
-
-def wait_for(path, process):
-    while not os.path.exists(path) and process.poll() is None:
+def begin(tmp_path, path):
+    """A preparation, as soon as it has made this file or folder."""
+    process = start(*BIG, cwd=tmp_path)
+    while not os.path.exists(tmp_path / 'data' / 'big' / path) and process.poll() is None:
         time.sleep(0.001)
+    return process
 
 
 def test_kill_anywhere(tmp_path):
     """kill -9 at many instants, before, during and after the writing: afterwards no dataset, or a whole one."""
-    folder, seen, chance = big_file(tmp_path, 16), set(), random.Random(3)
+    folder, seen, chance = tmp_path / 'data' / 'big', [], random.Random(3)
+    write(tmp_path / 'big.txt', b'some words and a number 123\n' * 640_000)
     for attempt in range(8):
         shutil.rmtree(folder, ignore_errors=True)
-        process = start(*BIG, cwd=tmp_path)
-        wait_for(folder / ('lock' if attempt % 2 else 'unfinished/train'), process)
+        process = begin(tmp_path, 'lock' if attempt % 2 else 'unfinished/train')
         time.sleep(chance.random() * 0.06)
         process.kill()
         process.communicate()
-        whole = is_dataset(folder)
-        assert whole or not os.path.exists(folder / 'meta.json')
-        seen.add(bool(whole))
+        seen.append(bool(is_dataset(folder)))
+        assert seen[-1] or not os.path.exists(folder / 'meta.json')
     assert False in seen
     for name in ('unfinished/train', 'unfinished/x', 'unfinished.tmp', 'train.bin'):           # litter of every kind
         write(folder / name, 'litter')
@@ -449,10 +446,10 @@ def test_many_ranks_at_once(tmp_path):
 
 
 def test_two_at_once_interrupted_and_without_space(tmp_path):
-    """A limit on the size of files stands for a quota; then, where it can be mounted, a small file system."""
-    folder = big_file(tmp_path)
-    first = start(*BIG, cwd=tmp_path)
-    wait_for(folder / 'unfinished' / 'unfinished.tmp', first)
+    """A limit on the size of files stands for a full disk."""
+    folder = tmp_path / 'data' / 'big'
+    write(tmp_path / 'big.txt', b'some words and a number 123\n' * 2_000_000)
+    first = begin(tmp_path, 'unfinished/unfinished.tmp')
     first.send_signal(signal.SIGSTOP)
     try:
         assert f'in use by process {first.pid}' in run(*BIG, cwd=tmp_path, code=1) and not is_dataset(folder)
@@ -463,11 +460,3 @@ def test_two_at_once_interrupted_and_without_space(tmp_path):
     assert first.returncode == 130 and err.count('\n') == 1 and 'interrupted' in err and os.listdir(folder) == ['lock']
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     assert 'too large' in run(*BIG, cwd=tmp_path, code=1, preexec_fn=limit) and os.listdir(folder) == ['lock']
-    (tmp_path / 'small').mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', tmp_path / 'small'], capture_output=True).returncode:
-        pytest.skip('no right to mount a small file system: only the limit was tried')
-    try:
-        assert 'No space left' in run(*BIG, '--out_dir=small/d', cwd=tmp_path, code=1)
-        assert os.listdir(tmp_path / 'small' / 'd') == ['lock']
-    finally:
-        subprocess.run(['umount', tmp_path / 'small'], check=True)

@@ -179,7 +179,7 @@ def ensure_pysrc(data_dir=os.path.join('data', 'pysrc')):
 
 
 _NOT_TEXT = (rb'(?P<empty>\Z)|(?P<UTF16>\xff\xfe|\xfe\xff)|(?P<packed>\x28\xb5\x2f\xfd|\x1f\x8b|BZh|\xfd7zXZ|'
-             rb'PK\x03\x04|7z\xbc|Rar!|%PDF)|(?P<binary>(?!PAR1).*\x00)')
+             rb'\x04"M\x18|\x1f\x9d|PK\x03\x04|7z\xbc|Rar!|%PDF|.{257}ustar)|(?P<binary>(?!PAR1).*\x00)')
 
 
 def _open(path):
@@ -257,9 +257,9 @@ def _split(documents, config, names=()):
             cuts[i], room = 0, room - sizes[i]
     if room > enough:
         cuts[cuts.argmax()] -= np.ceil(room)
-    at = lambda text, cut: cut and re.compile(rb'[^\x80-\xbf]|\Z').search(text, cut).start()  # of a character
-    return {'train': (text[:at(text, cut)] for text, cut in zip(documents(), cuts.tolist())),
-            'val': (text[at(text, cut):] for text, cut in zip(documents(), cuts.tolist()))}
+    start = lambda text, i: i and re.compile(rb'[^\x80-\xbf]|\Z').search(text, i).start()  # of a character
+    return {'train': (text[:start(text, cut)] for text, cut in zip(documents(), cuts.tolist())),
+            'val': (text[start(text, cut):] for text, cut in zip(documents(), cuts.tolist()))}
 
 
 def _hub(config):

@@ -374,7 +374,7 @@ def test_damage_is_found_and_repaired(tmp_path, capsys):
     ('--data_files=x.txt --roots=.', ['use one of']), ('--roots=. --suffixes=.zig', ['0 bytes of text']),
     ('--dataset=pysrc --tokenizer=gpt5', ['gpt5', 'bytes or gpt2']), ('--dataset=pysrc --num_proc=-1', ['num_proc']),
     ('--data_files=x.txt --val_fraction=1', ['val_fraction']), ('--dataset=pysrc --sed=1', ['did you mean seed?']),
-    ('--data_files=utf16.txt', ['utf16.txt', 'UTF16', 'convert']), ('--data_files=x.zip', ['packed', 'unpack']),
+    ('--data_files=utf16.txt', ['utf16.txt', 'UTF16', 'convert']), ('--data_files=x.zip', ['packed', 'unpack']), ('--data_files=x.tar.gz', ['packed', 'unpack']),
     ('--data_files=x.txt.zst', ['packed', 'unpack']), ('--data_files=cut.gz', ['cut.gz, near row 0']),
     ('--data_files=bad.gz', ['bad.gz', 'unreadable']), ('--data_files=bad.parquet', ['bad.parquet, near row 0']),
     ('--data_files=x.csv', ['x.csv', 'expected json or parquet', '--roots=x.csv for plain text'])])
@@ -382,7 +382,7 @@ def test_mistakes(tmp_path, args, words):
     packed = gzip.compress(random.Random(0).randbytes(9000))
     for name, text in {'x.txt': 'text ' * 9, 'empty.txt': '', 'tiny.txt': 'a', 'utf16.txt': 'text'.encode('utf-16'),
                        'x.zip': b'PK\3\4\0', 'x.txt.zst': b'\x28\xb5\x2f\xfdabc', 'cut.gz': packed[:-1000],
-                       'bad.gz': b'text', 'bad.parquet': 'text', 'x.csv': 'n,text\n1,some text\n'}.items():
+                       'x.tar.gz': gzip.compress(bytes(257) + b'ustar'), 'bad.gz': b'text', 'bad.parquet': 'text', 'x.csv': 'n,text\n1,some text\n'}.items():
         write(tmp_path / name, text)
     line = run(*args.split(), cwd=tmp_path, code=2)
     assert all(word in line for word in words), line

@@ -109,9 +109,9 @@ def _utf8(text):
 class TokenData:
     """One split of a dataset, read in windows of block_size tokens; an epoch is a permutation of them all."""
     def __init__(self, data_dir, split, block_size, seed=1337):
-        self.meta, self.path, self._epoch = load_meta(data_dir), os.path.join(data_dir, f'{split}.bin'), None
-        self.data_dir, self.block_size, self.seed, info = data_dir, block_size, seed, self.meta['splits'][split]
-        size = os.path.getsize(self.path) if os.path.isfile(self.path) else 0
+        self.data_dir, self.path, self._epoch = data_dir, os.path.join(data_dir, f'{split}.bin'), None
+        self.block_size, self.seed, self.meta = block_size, seed, load_meta(data_dir)
+        info, size = self.meta['splits'][split], os.path.isfile(self.path) and os.path.getsize(self.path)
         if size != 2 * info['tokens'] or size < 64 << 20 and sha256_of(self.path) != info['sha256']:
             raise DataError(f'{self.path} is damaged, it is not as meta.json says: make it again')
         if not 1 <= block_size < info['tokens']:

@@ -3,25 +3,26 @@ Train one FELA model on many ordinary machines that may come and go: DiLoCo (arX
 
     torchrun --standalone --nproc_per_node=4 train_diloco.py config/diloco_pysrc.py             one machine
     torchrun --nnodes=10 --node_rank=$RANK --nproc_per_node=1 --master_addr=$MASTER_IP --master_port=29500 \
-        train_diloco.py config/diloco_109m.py --s3_bucket=my-bucket --run_name=cpu_gpt2         ten, all of them needed
+        train_diloco.py config/diloco_109m.py --s3_bucket=my-bucket --run_name=cpu_gpt2         ten, all needed
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2:10 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
         --rdzv_id=cpu_gpt2 --max_restarts=1000 --nproc_per_node=1 train_diloco.py ...           they may come and go
 
 A round: each worker takes H inner steps on windows of its own; the mean of (theta - its weights), weighted by tokens,
-is the gradient of an outer SGD with Nesterov momentum. Inner optimizer states stay local; a joining worker copies one.
-Each worker keeps its own snapshots. When a worker is lost or joins, torchrun restarts the others: the newest round that
-anyone holds wins, and an unfinished round is done again by those present. Losing the rendezvous host (HOST above) ends
-the run; the same command goes on from the newest round. Exit code 2: the input was wrong; 1: a failure, try again.
+is the gradient of an outer SGD with Nesterov momentum. The inner optimizers' states stay local; a worker that joins
+gets a copy of one. Each worker keeps its own snapshots. When a worker is lost or joins, torchrun restarts the others:
+the newest round that anyone holds wins, and an unfinished round is done again by those present. Losing the rendezvous
+host (HOST above) ends the run; the same command goes on from the newest round.
+What workers tell each other is numbers, or JSON in tensors. torchrun itself unpickles what its own rendezvous (c10d)
+holds: let only your workers reach that port. Exit code 2: the input was wrong; 1: a failure, try again.
 """
-
 import contextlib
+import glob
 import hashlib
-import io
 import json
 import math
 import os
-import queue
 import re
+import select
 import shutil
 import signal
 import socket
@@ -31,40 +32,26 @@ import time
 from dataclasses import asdict, fields
 from datetime import timedelta
 from types import SimpleNamespace
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
-from configurator import configure
-from model import FELA, CheckpointError, FELAConfig, load_checkpoint, open_folder, save_checkpoint
+import configurator
+from configurator import configure, die, lock_folder, pick_device, require, write_whole
+from model import (FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, read_manifest,
+                   save_checkpoint)
 from prepare import DataError, TokenData, ensure_pysrc, get_tokenizer
 
-
-def leave(message, code):
-    """End this worker with one line. Wrong input stays wrong: then torchrun is told not to start the worker again."""
-    if code == 2 and int(os.environ.get('LOCAL_RANK', 0)):
-        time.sleep(10)  # worker 0 of this machine says it, and torchrun ends this one; else it is about this one alone
-    line = f'error: {" ".join(str(message).split())}'
-    print(line, file=sys.stderr, flush=True)
-    if worker_log:
-        print(line, file=worker_log, flush=True)
-    if code == 2 and int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)):
-        os.kill(os.getppid(), signal.SIGTERM)
-    os._exit(code)  # a broken process group can make an orderly exit hang
-
-
-worker_log = None
-# ---------------------------------------------------------------------------------------------------------------------
 # data and model
 dataset = 'pysrc'  # a folder under data/, made by prepare.py, or a path to one
 block_size = 256  # tokens of context in training
 n_layer = 4  # layers
-n_head = 4  # heads of an L or A layer
+n_head = 4  # heads of an A layer
+gla_heads = 4  # heads of an L layer
 n_embd = 128  # channels
 n_modes = 128  # taps of an S layer
 pattern = 'SSSL'  # S: FNO, L: GLA, A: softmax attention; repeated over the layers
-chunk_size = 64  # of GLA; a speed knob, never changes the function
+chunk_size = 128  # of GLA; a speed knob that never changes the function
 mlp_hidden = 0  # 0: 2 * n_embd
 # budget: the run ends at whichever comes first (0: off)
 max_tokens = 8_000_000  # training tokens, over all workers
@@ -72,12 +59,11 @@ max_rounds = 0  # rounds
 # a round
 H = 50  # inner steps of a worker in a round
 batch_tokens = 2048  # tokens of one worker in one inner step
-round_tokens = 0  # tokens of one worker in a round; 0: H * batch_tokens, else batch_tokens = round_tokens / H
-round_seconds = 0.0  # a worker that computed for so long ends its round with fewer than H steps; 0: off
+round_seconds = 0.0  # a worker that has computed for so long ends its round with fewer than H steps; 0: off
 warmup_rounds = 0  # first rounds of plain data parallel: gradients averaged in every step
 micro_batch_size = 8  # sequences per forward pass
 # outer optimizer
-outer_lr = 0.8  # with momentum 0.8 better than 0.6 and 0.9 for 2, 4 and 8 workers (results/diloco/learning.md)
+outer_lr = 0.8  # better than 0.6 and 0.9 with momentum 0.8 (results/diloco/learning.md)
 outer_momentum = 0.8  # Nesterov; 0: off
 outer_dtype = 'bf16'  # fp32, bf16: of pseudo-gradients on the wire
 # inner optimizer
@@ -99,114 +85,137 @@ final_eval_tokens = 0  # the same for the last one
 # the run and its files
 run_name = 'diloco'  # its name in S3 and under out/; the same name goes on with the same run
 out_dir = ''  # logs, metrics.jsonl, snapshots of the workers of this machine; '': out/<run_name>
-timeout = 600.0  # seconds; slightly above the slowest round: who does not answer for so long is lost
+timeout = 600.0  # seconds, slightly above the slowest round: a worker that is silent for so long is lost
 snapshot_rounds = 1  # rounds between snapshots on every worker's disk
 keep_snapshots = 2  # the last so many are kept
 # S3 (endpoint, region and credentials by the usual AWS variables)
 s3_bucket = ''  # '': off
 upload_rounds = 10  # rounds between uploads
 s3_keep = 3  # uploaded rounds that are kept
-s3_part_mb = 64  # a larger file goes up in parts of this size
 # system
 device = 'auto'  # auto, cpu, cuda (one GPU per worker)
 dtype = 'auto'  # auto, float32, bfloat16: of matrix products; weights stay float32
 compile = 'auto'  # auto, on, off: torch.compile
-said = io.StringIO()
-try:
-    with contextlib.redirect_stderr(said):
-        config = configure(globals())
-except SystemExit as e:
-    leave(said.getvalue().removeprefix('error: '), e.code) if e.code else sys.exit()
-globals().update(config)
-# ---------------------------------------------------------------------------------------------------------------------
 
 # knobs that may differ between machines, and knobs that may change when a run goes on
-PER_MACHINE = {'dataset', 'out_dir', 'device', 'dtype', 'compile', 'micro_batch_size', 'chunk_size', 'timeout'}
-MAY_CHANGE = {'max_tokens', 'max_rounds', 'round_seconds', 'eval_rounds', 'eval_tokens', 'final_eval_tokens',
-              's3_bucket', 'snapshot_rounds', 'keep_snapshots', 'upload_rounds', 's3_keep', 's3_part_mb'}
+PER_MACHINE = 'dataset out_dir device dtype compile micro_batch_size chunk_size timeout'.split()
+MAY_CHANGE = ('max_tokens max_rounds round_seconds eval_rounds eval_tokens final_eval_tokens s3_bucket snapshot_rounds '
+              'keep_snapshots upload_rounds s3_keep').split()
 
 rank, local_rank, world = (int(os.environ.get(k, n)) for k, n in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+torchrun = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
+worker_log = None
+
+
+# -- what is said, and how a worker ends
+def write(file, line):
+    """A reader that has gone or a full disk costs lines, never rounds."""
+    with contextlib.suppress(OSError):
+        print(line, file=file, flush=True)
 
 
 def log(line):
     """Rank 0 says it, every worker keeps it."""
     if rank == 0:
-        print(line, flush=True)
+        write(sys.stdout, line)
     if worker_log:
-        print(line, file=worker_log, flush=True)
+        write(worker_log, line)
+
+
+def leave(message, code=2, retry=False):
+    """End this worker with one line. Unless a retry may help, torchrun is told not to start it again."""
+    if local_rank and not retry:
+        time.sleep(10)  # worker 0 of this machine says it, and torchrun ends this one; else it is about this one alone
+    with contextlib.suppress(SystemExit, OSError):
+        die(' '.join(str(message).split()))
+    if worker_log:
+        write(worker_log, f'error: {message}')
+    if torchrun and not retry:
+        os.kill(torchrun, signal.SIGTERM)
+    os._exit(code)  # a broken process group can make an orderly exit hang
 
 
 def one_line(kind, error, trace):
     """What a user, a disk or a network can cause ends in one line, not in a traceback."""
-    if issubclass(kind, (DataError, CheckpointError)):
-        leave(error, 2)
-    if issubclass(kind, KeyboardInterrupt):
-        leave(f'interrupted; the same command goes on from {out_dir}', 130)
-    if issubclass(kind, OSError):
-        leave(f'{error.filename or out_dir}: {error.strerror}' if error.errno else str(error),
-              2 if issubclass(kind, (PermissionError, NotADirectoryError, FileExistsError)) else 1)
+    if issubclass(kind, (DataError, CheckpointError, OSError)):
+        leave(error, 1 if issubclass(kind, OSError) else 2)
     if issubclass(kind, torch.OutOfMemoryError):
-        leave(f'{device} is out of memory; try a smaller micro_batch_size than {micro_batch_size}', 2)
+        leave(f'{device} is out of memory; try a smaller micro_batch_size than {micro_batch_size}')
     sys.__excepthook__(kind, error, trace)
-    sys.stderr.flush()
     os._exit(1)
 
 
+stopped = []  # the signal that ends this run
+signals, wake = os.pipe()
+
+
+def watch():
+    """A thread, as Python's own handlers wait while the main thread waits for other workers. After a signal the round
+    ends with the steps that are done; where that takes too long, the worker leaves before torchrun kills it."""
+    while not select.select([signals], [], [], 1)[0]:
+        if torchrun and os.getppid() != torchrun:
+            leave(f'worker {rank}: torchrun is gone, and with it whoever would start this worker again', 1, retry=True)
+    stopped.append(os.read(signals, 1)[0])
+    time.sleep(20)
+    leave_stopped()
+
+
+def leave_stopped():
+    write(sys.stderr, f'worker {rank}: stopped by {signal.Signals(stopped[0]).name}; the same command goes on from the '
+                      f'newest snapshot')
+    os._exit(128 + stopped[0])
+
+
+os.set_blocking(wake, False)
+signal.set_wakeup_fd(wake)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+threading.Thread(target=watch, daemon=True).start()
 sys.excepthook = one_line
+configurator.die = leave  # a knob that configure, require or pick_device refuses ends a worker like anything else
+config = configure(globals())
+globals().update(config)
 
 # -- check the knobs
-for key, allowed in (('optimizer', 'adamw muon'), ('schedule', 'cosine wsd constant'), ('outer_dtype', 'fp32 bf16'),
-                     ('compile', 'auto on off'), ('dtype', 'auto float32 bfloat16')):
-    if config[key] not in allowed.split():
-        leave(f'{key}={config[key]!r}: expected one of {allowed}', 2)
-for keys, low, high in (('block_size H batch_tokens micro_batch_size keep_snapshots snapshot_rounds upload_rounds '
-                         's3_keep timeout', 1, math.inf), ('s3_part_mb', 5, 5000),
-                        ('outer_momentum decay_frac min_lr_frac beta1 beta2', 0, 1),
-                        ('max_tokens max_rounds round_tokens round_seconds warmup_rounds outer_lr learning_rate seed '
-                         'warmup_iters weight_decay grad_clip eval_rounds eval_tokens final_eval_tokens', 0, math.inf)):
-    for key in keys.split():
-        if not low <= config[key] <= high:
-            leave(f'{key}={config[key]}: expected {low} to {high}', 2)
+require(config, optimizer='adamw muon', schedule='cosine wsd constant', outer_dtype='fp32 bf16',
+        compile='auto on off', dtype='auto float32 bfloat16',
+        **dict.fromkeys('block_size H batch_tokens micro_batch_size keep_snapshots snapshot_rounds upload_rounds '
+                        's3_keep timeout'.split(), (1, math.inf)),
+        **dict.fromkeys('outer_momentum decay_frac min_lr_frac beta1 beta2'.split(), (0, 1)),
+        **dict.fromkeys('max_tokens max_rounds round_seconds warmup_rounds outer_lr learning_rate seed warmup_iters '
+                        'weight_decay grad_clip eval_rounds eval_tokens final_eval_tokens'.split(), (0, math.inf)))
 if not (max_tokens or max_rounds):
-    leave('max_tokens and max_rounds are both 0: the run would never end', 2)
+    leave('max_tokens and max_rounds are both 0: the run would never end')
 if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}', run_name):
-    leave(f'run_name={run_name!r}: expected letters, digits and . _ -, at most 100', 2)
-micro_tokens = block_size * micro_batch_size
-if round_tokens % H:
-    leave(f'round_tokens={round_tokens:,} does not divide by H={H}: {round_tokens / H:.2f} tokens a step; try '
-          f'--round_tokens={max(1, round_tokens // H // micro_tokens) * micro_tokens * H}', 2)
-batch_tokens = config['batch_tokens'] = round_tokens // H or batch_tokens
-if batch_tokens % micro_tokens:
-    asked = f' = round_tokens {round_tokens:,} / H {H}' * (round_tokens > 0)
-    leave(f'batch_tokens={batch_tokens:,}{asked} does not divide: block_size {block_size:,} x micro_batch_size '
-          f'{micro_batch_size} = {micro_tokens:,} tokens at a time, and {batch_tokens:,} / {micro_tokens:,} = '
-          f'{batch_tokens / micro_tokens:.2f}', 2)
-accumulation = batch_tokens // micro_tokens
+    leave(f'run_name={run_name!r}: expected letters, digits and . _ -, at most 100')
+accumulation, rest = divmod(batch_tokens, block_size * micro_batch_size)
+if rest:
+    leave(f'batch_tokens={batch_tokens:,} does not divide: block_size {block_size:,} x micro_batch_size '
+          f'{micro_batch_size} = {block_size * micro_batch_size:,} tokens at a time')
 
 # -- device, data, model, optimizers
-device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
-if device not in ('cpu', 'cuda') or device == 'cuda' and local_rank >= torch.cuda.device_count():
-    leave(f'device={device!r} for local worker {local_rank}: not here (auto, cpu, cuda; one GPU per worker)', 2)
-if device == 'cuda':
-    torch.cuda.set_device(local_rank)
-if dtype == 'auto':
-    dtype = 'bfloat16' if device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
-autocast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32')
+if device == 'auto' and not torch.cuda.is_available():
+    device = 'cpu'  # gloo does not speak mps
+device, dtype, why = pick_device(device, dtype, local_rank)
+device_type = device.partition(':')[0]
+if dtype == 'float16':
+    dtype = 'float32'  # there is no loss scale here
+autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 data_dir = dataset if os.path.dirname(dataset) else os.path.join('data', dataset)
 if dataset == 'pysrc':
     ensure_pysrc(data_dir)
 train_data = TokenData(data_dir, 'train', block_size, seed)
-val_data = TokenData(data_dir, 'val', block_size)  # in an order that no knob changes
+val_data = TokenData(data_dir, 'val', block_size)  # its order depends on no knob
 tokenizer = get_tokenizer(train_data.meta['tokenizer'])
 torch.manual_seed(seed)
 try:
     model_config = FELAConfig(vocab_size=tokenizer.vocab_size,
                               **{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config})
-    with torch.device(device):
-        model = FELA(model_config)
 except ValueError as e:
-    leave(e, 2)
-if compile == 'on' or compile == 'auto' and device == 'cuda':
+    leave(e)
+with torch.device(device):
+    model = FELA(model_config)
+if compile == 'on' or compile == 'auto' and device_type == 'cuda':
     model.compile_blocks()
 optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2))
 weights = list(model.parameters())
@@ -217,19 +226,32 @@ identity = {k: v for k, v in shared.items() if k not in MAY_CHANGE}
 
 
 def flat():
-    return torch.cat([p.detach().flatten() for p in weights])
+    return torch.nn.utils.parameters_to_vector(weights).detach()
 
 
 @torch.no_grad()
-def load_theta():
-    for p, part in zip(weights, theta.split([p.numel() for p in weights])):
-        p.copy_(part.view_as(p))
+def fill(tensors, vector):
+    for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def inner_state():
+    """The tensors of the inner optimizers, in the same order on all workers"""
+    return [value for opt in optimizers for group in opt.param_groups for p in group['params']
+            for _, value in sorted(opt.state[p].items())]
 
 
 theta = flat()  # the global model, one vector (P,): the same on all workers after each round
 momentum = torch.zeros_like(theta)  # of the outer optimizer
+for p in weights:
+    p.grad = torch.zeros_like(p)
+for opt in optimizers:
+    opt.step()  # it makes the tensors; the weights that it changes are filled from theta before the first round
+    opt.zero_grad()
+for value in inner_state():
+    value.zero_()
 
-# what all workers know. Data is read in steps: step s is windows s * batch_tokens / block_size ... of the stream.
+# What all workers know. Data is read in steps: step s is windows s * batch_tokens / block_size ... of the stream.
 # next: the first step that nobody was given; left: steps before it that a slow worker did not do; inner: steps so far
 run = SimpleNamespace(round=0, tokens=0, inner=0, next=0, left=[])
 comm = SimpleNamespace(seconds=0.0, bytes=0, tokens=0)  # of this process
@@ -242,38 +264,27 @@ def fingerprint():
     return digest.hexdigest()
 
 
-# -- the folder of this worker: its own when it comes again, else the first that no other process of this machine holds
-out_dir = out_dir or os.path.join('out', run_name)
-for i in (local_rank, *range(1000)):
-    folder = os.path.join(out_dir, f'worker_{i:02}')
-    with contextlib.suppress(CheckpointError):
-        open_folder(folder)
-        break
-worker_log = open(os.path.join(folder, 'log.txt'), 'a', buffering=1)
-
-
+# -- snapshots
 def snapshot(where, final=False, **losses):
     state = {'model': model.state_dict(), 'optimizer': [opt.state_dict() for opt in optimizers], 'outer': momentum,
              'config': config, 'training': vars(run)}
-    manifest = {'round': run.round, 'tokens': run.tokens, 'hash': fingerprint(), 'tokenizer': tokenizer.name,
-                'losses': losses, 'config': config, 'torch': torch.__version__}
+    manifest = {'tokens': run.tokens, 'tokenizer': tokenizer.name, 'losses': losses, 'config': config}
     try:
         return save_checkpoint(where, run.round, state, manifest, final, keep_snapshots)
-    except CheckpointError as e:
-        print(f'warning: worker {rank}: {e}; training goes on', file=sys.stderr, flush=True)
+    except (CheckpointError, OSError) as e:
+        write(sys.stderr, f'warning: worker {rank}: {e}; training goes on')
 
 
-def difference(theirs, where):
-    """Why their config is of another run, or None"""
-    return next((f'{key} is {theirs.get(key)!r} {where} and {identity[key]!r} here' for key in sorted(identity)
-                 if theirs.get(key) != identity[key]), None)
+def difference(theirs, where, mine):
+    """Why their config is of another run, or ''. A field of the model that they do not know has its default."""
+    theirs = {f.name: f.default for f in fields(FELAConfig)} | theirs
+    return next((f'{key} is {theirs.get(key)!r} {where} and {value!r} here' for key, value in sorted(mine.items())
+                 if theirs.get(key) != value), '')
 
 
-def restore(path):
-    """A snapshot, whole or not at all, into this worker."""
-    state, _ = load_checkpoint(path)
-    if other := difference(state['config'], f'in {path}'):
-        leave(f'{other}: another --run_name (or --out_dir) starts another run', 2)
+def restore(state, where):
+    if other := difference(state['config'], f'in {where}', identity):
+        leave(f'{other}: another --run_name (or --out_dir) starts another run')
     model.load_state_dict(state['model'])
     theta.copy_(flat())
     momentum.copy_(state['outer'])
@@ -282,232 +293,200 @@ def restore(path):
     vars(run).update(state['training'])
 
 
+out_dir = out_dir or os.path.join('out', run_name)
+folder = os.path.join(out_dir, f'worker_{local_rank:02}')
+lock_folder(folder)  # a second run in this folder ends here
+worker_log = open(os.path.join(folder, 'log.txt'), 'a')
+problem = ''
+try:
+    restore(load_checkpoint(folder)[0], folder)
+except CheckpointError:  # another worker may have what is missing or damaged here
+    for path in glob.glob(os.path.join(glob.escape(out_dir), '**', 'step_*.json'), recursive=True):
+        problem = f'{path}: no worker can go on from it, and another --out_dir or --run_name starts anew'
+
+
 # -- talking to the other workers
-def together(what, nbytes, function, *args):
-    """A collective, timed and counted. When it fails, torchrun forms the group anew."""
-    if world > 1:
-        start = time.perf_counter()
-        try:
-            function(*args)
-        except (RuntimeError, ValueError) as e:
-            leave(f'worker {rank}, round {run.round + 1}, {what}: another worker is gone, or silent for '
-                  f'timeout={timeout:g} s; those present do the round again ({str(e).splitlines()[0][:160]})', 1)
-        comm.seconds, comm.bytes = comm.seconds + time.perf_counter() - start, comm.bytes + nbytes
+@contextlib.contextmanager
+def together(what, nbytes=0):
+    """Around a collective, which is timed and counted. When it fails, torchrun forms the group anew."""
+    start = time.perf_counter()
+    try:
+        yield
+    except (RuntimeError, ValueError) as e:
+        leave(f'worker {rank}, round {run.round + 1}, {what}: another worker is gone, or silent for timeout={timeout:g} '
+              f's; those present do the round again ({str(e).splitlines()[0][:160]})', 1, retry=True)
+    comm.seconds, comm.bytes = comm.seconds + time.perf_counter() - start, comm.bytes + nbytes
 
 
 def gather(what, value):
-    """[value of worker 0, of worker 1, ...], plain values, everywhere."""
-    values = [value] * world
-    together(what, len(json.dumps(value)), dist.all_gather_object, values, value)
-    return values
+    """[value of worker 0, of worker 1, ...] everywhere. It travels as JSON: nothing that a stranger sends is executed."""
+    if world == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    with together(what, len(text)):
+        size = torch.tensor(len(text))
+        dist.all_reduce(size, dist.ReduceOp.MAX)
+        rows = torch.zeros(world, size, dtype=torch.uint8)
+        rows[rank] = torch.tensor(list(text.ljust(size)))
+        dist.all_reduce(rows)
+        return [json.loads(bytes(row.tolist())) for row in rows]
 
 
 def all_reduce(what, tensor):
-    together(what, tensor.nbytes, dist.all_reduce, tensor)
+    if world > 1:
+        with together(what, tensor.nbytes):
+            dist.all_reduce(tensor)
     return tensor
 
 
 def take_over(source, mine):
-    """All get the newest round from worker `source`; whoever lacks it an inner state too: a copy has warm moments."""
-    parameters = [(opt, p) for opt in optimizers for group in opt.param_groups for p in group['params']]
-    box = [vars(run), [{k: (tuple(v.shape), v.dtype) for k, v in opt.state[p].items()} for opt, p in parameters]]
-    together('handing over', 0, dist.broadcast_object_list, box, source)
-    vars(run).update(box[0])
-    for vector in (theta, momentum):
-        together('handing over', vector.nbytes, dist.broadcast, vector, source)
-    for (opt, p), entry in zip(parameters, box[1]):
-        for name, (shape, kind) in entry.items():
-            value = opt.state[p][name] if rank == source else torch.empty(shape, dtype=kind, device=device)
-            together('handing over', value.nbytes, dist.broadcast, value, source)
-            if not mine:
-                opt.state[p][name] = value
+    """All get the newest round from worker `source`, and whoever lacks it an inner state too: its moments are warm."""
+    vars(run).update(gather('handing over', vars(run))[source])
+    for tensor in (theta, momentum, *inner_state()):
+        with together('handing over', tensor.nbytes):
+            dist.broadcast(tensor.clone() if mine else tensor, source)
 
 
-# -- S3: <run_name>/round_000120/<sha256>.pt, then its manifest.json, which is what makes the round exist
-class S3:
-    """The newest rounds, uploaded by a thread of rank 0: whatever it meets, rounds go on."""
+# -- S3: <run_name>/round_000120/<sha256>.pt, then <sha256>.json, which is what makes it exist. A thread of rank 0
+# uploads what it finds in a folder, whatever S3 does.
+s3 = SimpleNamespace(client=None, newest=0, problem='', fetched=None)
+s3_folder = os.path.join(folder, 's3')
+s3_answered, run_ended = threading.Event(), threading.Event()
 
-    def __init__(self):
-        try:
-            import boto3
-            from boto3.s3.transfer import TransferConfig
-            from botocore.config import Config
-            from botocore.exceptions import BotoCoreError, ClientError
-        except ImportError:
-            leave('s3_bucket needs boto3: pip install boto3', 2)
-        self.errors = BotoCoreError, ClientError, boto3.exceptions.Boto3Error, OSError, ValueError, KeyError
-        self.client = boto3.client('s3', config=Config(
-            connect_timeout=5, read_timeout=60, retries={'mode': 'adaptive', 'total_max_attempts': 4},
-            s3={'addressing_style': 'path'}))
-        size = s3_part_mb << 20
-        self.how = {'Config': TransferConfig(multipart_threshold=size, multipart_chunksize=size)}
-        self.newest, self.queue, self.folder = 0, queue.Queue(), os.path.join(folder, 's3')
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.makedirs(self.folder)
-        self.thread = threading.Thread(target=self.work, daemon=True)
 
-    def do(self, action, key, **kwargs):
-        return getattr(self.client, action)(Bucket=s3_bucket, Key=f'{run_name}/{key}', **kwargs)
+def s3_do(action, key, **kwargs):
+    return getattr(s3.client, action)(Bucket=s3_bucket, Key=f'{run_name}/{key}', **kwargs)
 
-    def why(self, e):
-        """One line without secrets: an endpoint may carry a password, and a server may repeat a key in its message."""
-        where, response = urlsplit(self.client.meta.endpoint_url), getattr(e, 'response', {})
-        code = response.get('Error', {}).get('Code')
-        code = code or ' '.join(re.findall(r'\((\w+)\)', str(e))[:1]) or type(e).__name__
-        status = response.get('ResponseMetadata', {}).get('HTTPStatusCode', '')
-        hint = {403: ': wrong credentials or no permission', 404: ': no such bucket or object'}.get(status, '')
-        return f's3_bucket={s3_bucket!r} at {where.hostname}:{where.port or where.scheme}: {status} {code}{hint}'
 
-    def put_new(self, key, body):
-        """What is there then: ours, or what somebody put there before. (Of two at once both may be told: ours.)"""
-        try:
-            self.do('put_object', key, Body=body, IfNoneMatch='*')
-        except self.errors as e:
-            if getattr(e, 'response', {}).get('ResponseMetadata', {}).get('HTTPStatusCode') not in (409, 412):
-                raise
-        return json.loads(self.do('get_object', key)['Body'].read(1 << 24))
+def s3_why(e):
+    """In one line and without secrets, which may be in an endpoint, and in what a server says."""
+    code = getattr(e, 'response', {}).get('Error', {}).get('Code', type(e).__name__)
+    return f's3_bucket={s3_bucket!r}: {e if isinstance(e, (CheckpointError, ImportError)) else code}'
 
-    def whole(self, number, manifest):
-        head = self.do('head_object', f'round_{number:06d}/{manifest["sha256"]}.pt')
-        return (head['ContentLength'], head['Metadata'].get('sha256')) == (manifest['bytes'], manifest['sha256'])
 
-    def open(self):
-        """May we write there, and is this run name ours? If not, why."""
-        self.do('put_object', 'writable', Body=b'')
-        if other := difference(self.put_new('config.json', json.dumps(identity, indent=1).encode()), 'there'):
-            return f'run_name={run_name!r} is taken in s3_bucket={s3_bucket!r} by a run with another config: {other}'
-        with contextlib.suppress(*self.errors):  # parts of uploads that were killed cost money, but no more
-            for part in self.client.list_multipart_uploads(Bucket=s3_bucket, Prefix=f'{run_name}/').get('Uploads', []):
-                self.client.abort_multipart_upload(Bucket=s3_bucket, Key=part['Key'], UploadId=part['UploadId'])
+def s3_keys():
+    """Newest round first."""
+    pages = s3.client.get_paginator('list_objects_v2').paginate(Bucket=s3_bucket, Prefix=f'{run_name}/round_')
+    keys = (item['Key'].removeprefix(f'{run_name}/') for page in pages for item in page.get('Contents', []))
+    return sorted((key for key in keys if re.fullmatch(r'round_\d{6}/[0-9a-f]{64}\.(pt|json)', key)), reverse=True)
 
-    def rounds(self):
-        """{round: its keys}, newest first, the manifest first"""
-        found = {}
-        pages = self.client.get_paginator('list_objects_v2')
-        for page in pages.paginate(Bucket=s3_bucket, Prefix=f'{run_name}/round_'):
-            for key in (item['Key'].removeprefix(f'{run_name}/') for item in page.get('Contents', [])):
-                if match := re.fullmatch(r'round_(\d{6,})/(manifest\.json|[0-9a-f]{64}\.pt)', key):
-                    found.setdefault(int(match[1]), []).append(key)
-        return {r: sorted(found[r], key=lambda key: not key.endswith('.json')) for r in sorted(found, reverse=True)}
 
-    def fetch(self, than):
-        """The newest round that is whole there, if it is newer `than`, into this worker."""
-        for number, (manifest, *_) in self.rounds().items():
-            path = os.path.join(self.folder, f'fetched_{number:06d}')
-            if number > than and manifest.endswith('.json'):
-                try:
-                    body = self.do('get_object', manifest)['Body'].read(1 << 24)
-                    with open(path + '.json', 'wb') as file:
-                        file.write(body)
-                    key = f'round_{number:06d}/{json.loads(body)["sha256"]}.pt'
-                    self.do('download_file', key, Filename=path + '.pt', **self.how)
-                    restore(path + '.pt')  # verifies both
-                    snapshot(folder)
-                    os.remove(path + '.pt')
-                    log(f'round {number} comes from s3://{s3_bucket}/{run_name}')
-                except self.errors as e:
-                    why = e if isinstance(e, CheckpointError) else self.why(e)
-                    log(f'warning: round {number} in S3 is not whole, STEPPING BACK: {why}')
-                    continue
-            if manifest.endswith('.json'):
-                self.newest = number
-                break
-
-    def offer(self, path):
-        """Hand a snapshot to the thread; the links keep its files when the folder of snapshots has moved on."""
-        name = os.path.join(self.folder, os.path.basename(path)[:-3])
-        for ext in ('.pt', '.json'):
+def s3_open(than):
+    """Is there a bucket, is this run name ours, and is a round there that is newer `than` on the workers' disks?"""
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError:
+        raise ImportError('it needs boto3: pip install boto3') from None
+    s3.client = boto3.client('s3', config=Config(connect_timeout=5, read_timeout=20, retries={
+        'mode': 'adaptive', 'total_max_attempts': 2}, s3={'addressing_style': 'path'}))
+    try:
+        theirs = json.loads(s3_do('get_object', 'config.json')['Body'].read(1 << 24))
+    except s3.client.exceptions.NoSuchKey:
+        s3_do('put_object', 'config.json', Body=json.dumps(identity, indent=1), IfNoneMatch='*')
+        theirs = identity
+    if other := difference(theirs, 'there', identity):
+        raise CheckpointError(f'run_name={run_name!r} is taken by a run with another config: {other}')
+    manifests = [key for key in s3_keys() if key.endswith('.json')]
+    for key in manifests:
+        number, path = int(key[6:12]), os.path.join(s3_folder, 'fetched')
+        if number > than:
+            if s3_answered.is_set():
+                continue  # training has gone on without it
             try:
-                os.link(path[:-3] + ext, name + ext)
-            except OSError:  # a filesystem without links
-                shutil.copyfile(path[:-3] + ext, name + ext)
-        self.queue.put(name)
+                for ext in ('.json', '.pt'):
+                    s3_do('download_file', key[:-5] + ext, Filename=path + ext)
+                s3.fetched = load_checkpoint(path + '.pt')[0]
+            except Exception as e:
+                log(f'warning: {key[:12]} in S3 is not whole, STEPPING BACK: {s3_why(e)}')
+                continue
+        s3.newest = number
+        return
+    if manifests and not than:
+        raise CheckpointError(f'no round of run_name={run_name!r} is whole there')
 
-    def work(self):
-        while name := self.queue.get():
-            while self.queue.empty() or not self.queue.queue[0]:  # until a newer one is there
-                try:
-                    self.upload(name)
-                    break
-                except self.errors as e:
-                    log(f'warning: upload of {os.path.basename(name)} failed and is tried again: {self.why(e)}')
-                    time.sleep(5)
-            for ext in ('.pt', '.json'):
-                os.remove(name + ext)
 
-    def upload(self, name):
-        with open(name + '.json', 'rb') as file:
-            body = file.read()
-        manifest = json.loads(body)
-        number, sha256 = manifest['round'], manifest['sha256']
-        self.do('upload_file', f'round_{number:06d}/{sha256}.pt', Filename=name + '.pt',
-                ExtraArgs={'Metadata': {'sha256': sha256}}, **self.how)
-        if not self.whole(number, manifest):
-            raise OSError('the file did not arrive whole')
-        theirs = self.put_new(f'round_{number:06d}/manifest.json', body)
-        if theirs['sha256'] != sha256 and not self.whole(number, theirs):  # a round that was damaged there
-            self.do('put_object', f'round_{number:06d}/manifest.json', Body=body)
-        self.newest = max(self.newest, number)
+def s3_upload(path):
+    manifest = read_manifest(path)
+    key = f'round_{manifest["step"]:06d}/{manifest["sha256"]}'
+    s3_do('upload_file', key + '.pt', Filename=path[:-5] + '.pt')
+    if s3_do('head_object', key + '.pt')['ContentLength'] != os.path.getsize(path[:-5] + '.pt'):
+        raise CheckpointError(f'{key}.pt did not arrive whole')
+    s3_do('upload_file', key + '.json', Filename=path)
+    s3.newest, keys = manifest['step'], s3_keys()
+    kept = sorted({k[:12] for k in keys if k.endswith('.json') and k[:12] <= key[:12]})[-s3_keep:]
+    for old in sorted((k for k in keys if k < kept[0]), key=len, reverse=True):  # the manifests, .json, first
+        s3_do('delete_object', old)
+
+
+def s3_work(than):
+    opened, chances = False, 2  # to fail at the end of the run
+    while chances:
+        waiting = list_checkpoints(s3_folder)
+        if opened and not waiting and run_ended.is_set():
+            break
         try:
-            rounds = self.rounds()
-            last = [r for r in rounds if rounds[r][0].endswith('.json')][:s3_keep][-1]
-            for key in (key for r in rounds if r < last for key in rounds[r]):  # of each round the manifest first
-                self.do('delete_object', key)
-        except self.errors as e:
-            log(f'warning: old rounds stay in S3: {self.why(e)}')
+            if not opened:
+                s3_open(than)
+                opened = True
+            elif waiting:
+                s3_upload(waiting[0])
+                for path in waiting:
+                    os.remove(path)
+                    os.remove(path[:-5] + '.pt')
+            s3.problem = ''
+        except Exception as e:
+            chances -= run_ended.is_set()
+            if s3.problem != s3_why(e):
+                s3.problem = s3_why(e)
+                log(f'warning: {s3.problem}; S3 is tried again and again')
+        s3_answered.set()
+        run_ended.wait(5 if s3.problem else 0.5)
 
 
 # -- form the group: the same config everywhere, and the newest round that anyone holds
-try:
-    restore(folder)
-except CheckpointError as e:
-    if 'no checkpoint there' not in str(e):
-        log(f'warning: {e}')
-together('forming the group', 0, lambda: dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo',
-                                                                 timeout=timedelta(seconds=timeout)))
-sys.excepthook = one_line  # torch has wrapped it, and would swallow the line
-me = {'config': shared, 'round': run.round, 'name': f'worker {rank} ({socket.gethostname()})'}
-there = gather('forming the group', me)
-right = max(there, key=lambda w: w['round'])
-for key, other in ((key, other) for key in sorted(shared) for other in there):
-    if other['config'].get(key) != right['config'].get(key):
-        theirs, rights = (f'{w["config"].get(key)!r} on {w["name"]}' for w in (other, right))
-        mine = shared[key] == right['config'].get(key)  # once a run goes on, only whoever differs is told to stay away
-        leave(f'{key} is {theirs} and {rights}: all workers need the same', 1 if right['round'] and mine else 2)
-s3 = problem = None
+if world > 1:
+    with together('forming the group'):
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo',
+                                timeout=timedelta(seconds=timeout))
+    sys.excepthook = one_line  # torch has wrapped it, and would swallow the line
+there = gather('forming the group', {'config': shared, 'round': run.round, 'name': f'worker {rank} ({socket.gethostname()})'})
+newest = max(there, key=lambda w: w['round'])
+if other := difference(newest['config'], f'on {newest["name"]}', shared):
+    leave(f'{other}: all workers need the same')
 if s3_bucket and rank == 0:
-    s3 = S3()
-    try:
-        problem = s3.open()
-        problem = problem and (problem, True) or s3.fetch(than=right['round'])
-    except s3.errors as e:  # once there is a round to go on from, S3 is a help that can wait
-        problem = s3.why(e), not right['round']
-    s3.thread.start()
-    offered = s3.newest
+    shutil.rmtree(s3_folder, ignore_errors=True)
+    os.makedirs(s3_folder)
+    s3_thread = threading.Thread(target=s3_work, args=(newest['round'],), daemon=True)
+    s3_thread.start()
+    problem = s3.problem if s3_answered.wait(timeout / 2) else f's3_bucket={s3_bucket!r} does not answer'
+    s3_answered.set()
+    if s3.fetched:
+        restore(s3.fetched, f's3://{s3_bucket}/{run_name}')
+        log(f'round {run.round} comes from s3://{s3_bucket}/{run_name}')
 there = gather('forming the group', {'round': run.round, 'hash': fingerprint(), 'problem': problem})
-if problem := there[0]['problem']:
-    if problem[1]:
-        leave(problem[0], 2)
-    log(f'warning: {problem[0]}; going on without it, uploads will be tried again')
+if not any(w['round'] for w in there):  # never from scratch beside what may be a run
+    for w in there:
+        if w['problem']:
+            leave(w['problem'])
 hashes = [w['hash'] for w in there]  # of two versions of the newest round, the one that more workers hold
 source = max(range(world), key=lambda i: (there[i]['round'], hashes.count(hashes[i]), hashes[i], -i))
 if len(set(hashes)) > 1:
     take_over(source, mine=hashes[rank] == hashes[source])
-load_theta()
+fill(weights, theta)
 
 
-def progress(tokens=None, rounds=None):
-    """0 to 1, by the budget of which more is used up"""
-    tokens, rounds = run.tokens if tokens is None else tokens, run.round if rounds is None else rounds
-    return max(tokens / max_tokens if max_tokens else 0, rounds / max_rounds if max_rounds else 0)
+def progress(done=0):
+    """0 to 1, by the budget of which more is used up, when every worker has done so many steps more"""
+    return max((run.tokens + done * world * batch_tokens) / (max_tokens or math.inf), run.round / (max_rounds or math.inf))
 
 
 def learning_rate_now(done):
     """The schedule of train.py, after `done` steps of this round; tokens are counted as if all workers were as fast."""
     if run.inner + done < warmup_iters:
         return learning_rate * (run.inner + done + 1) / (warmup_iters + 1)
-    warm = progress(warmup_iters * world * batch_tokens, warmup_iters // H)
-    part = (min(1, progress(run.tokens + done * world * batch_tokens)) - warm) / max(1 - warm, 1e-9)
+    warm = max(warmup_iters * world * batch_tokens / (max_tokens or math.inf), warmup_iters // H / (max_rounds or math.inf))
+    part = (min(1, progress(done)) - warm) / max(1 - warm, 1e-9)
     shape = {'cosine': 0.5 * (1 + math.cos(math.pi * part)), 'wsd': min(1, (1 - part) / max(decay_frac, 1e-9)),
              'constant': 1}[schedule]
     return learning_rate * (min_lr_frac + (1 - min_lr_frac) * shape)
@@ -517,24 +496,29 @@ def get_batch(data, position):
     return [torch.from_numpy(part).to(device) for part in data.batch(position, micro_batch_size)]
 
 
+def diverged(what):
+    leave(f'round {run.round}: {what} is not finite; the snapshots before it are good. Try a smaller learning_rate than '
+          f'{learning_rate} or outer_lr than {outer_lr}, under another --run_name', 1)
+
+
 @torch.no_grad()
 def evaluate(tokens):
     """Loss of the global model in nats and bits per byte, over the first windows of the validation order."""
-    count = min(val_data.n_windows, max(1, tokens // block_size)) if tokens else val_data.n_windows
+    count = min(val_data.n_windows, -(-tokens // block_size) or val_data.n_windows)
     first, last = count * rank // world, count * (rank + 1) // world
     total = torch.zeros((), dtype=torch.float64)
-    model.eval()
     for i in range(first, last, micro_batch_size):
         with autocast:
             _, losses = model(*get_batch(val_data, i), reduction='none')
         total += losses[:last - i].cpu().double().sum()
-    model.train()
-    loss = all_reduce('evaluation', total.to(device)).item() / (count * block_size)
+    loss = all_reduce('evaluation', total).item() / (count * block_size)
+    if not math.isfinite(loss):
+        diverged('the validation loss')
     return loss, loss / math.log(2) / val_data.bytes_per_token
 
 
 def inner_step(step, lr, plain):
-    """One AdamW step of this worker on its step `step` of data -> loss. plain: with the gradients of all workers."""
+    """One step of this worker on its step `step` of data -> loss. plain: with the mean gradient of all workers."""
     for group in (group for opt in optimizers for group in opt.param_groups):
         group['lr'] = lr * group['lr_scale']
     loss = 0.0
@@ -543,66 +527,59 @@ def inner_step(step, lr, plain):
             _, micro_loss = model(*get_batch(train_data, (step * accumulation + micro) * micro_batch_size))
         (micro_loss / accumulation).backward()
         loss = loss + micro_loss.detach() / accumulation
-    if plain and world > 1:
-        gradient = all_reduce('averaging gradients', torch.cat([p.grad.flatten() for p in weights]) / world)
-        for p, part in zip(weights, gradient.split([p.numel() for p in weights])):
-            p.grad.copy_(part.view_as(p))
+    if plain:
+        grads = [p.grad for p in weights]
+        fill(grads, all_reduce('averaging gradients', torch.nn.utils.parameters_to_vector(grads) / world))
     norm = torch.nn.utils.clip_grad_norm_(weights, grad_clip or math.inf)
-    if norm.isfinite():  # one bad batch is skipped
-        for opt in optimizers:
-            opt.step()
     for opt in optimizers:
-        opt.zero_grad(set_to_none=True)
+        if norm.isfinite():  # one bad batch is skipped
+            opt.step()
+        opt.zero_grad()
     return loss.item()
-
-
-def ranges(steps):
-    """[1, 2, 3, 7] -> [[1, 3], [7, 7]]"""
-    ends = [i for i in range(1, len(steps)) if steps[i] != steps[i - 1] + 1]
-    return [[steps[i], steps[j - 1]] for i, j in zip([0, *ends], [*ends, len(steps)]) if steps]
 
 
 # -- the loop
 state = ('finished: a larger --max_tokens or --max_rounds goes on with it' if progress() >= 1 else
          f'going on from round {run.round}' if run.round else 'from scratch')
-log(f'{model.num_parameters():,} parameters | {world} worker{"s" * (world > 1)} | round: {H} steps of {batch_tokens:,} '
-    f'tokens each | data {data_dir} ({tokenizer.name}) | device {device}, {dtype} | {state}')
+log(f'{model.num_parameters():,} parameters | {world} workers | round: {H} steps of {batch_tokens:,} tokens each | data '
+    f'{data_dir} ({tokenizer.name}) | device {device}, {dtype} ({why}) | {state}')
 if rank == 0:
-    metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a+', buffering=1)
-    metrics.seek(0)  # rounds lost with the worker that logged them come again
-    kept = [line for line in metrics if line.endswith('}\n') and json.loads(line)['round'] <= run.round]
-    metrics.truncate(0)
-    metrics.writelines(kept)
-model.train()
-parent = os.getppid()
-while progress() < 1:
-    if os.getppid() != parent:
-        leave(f'worker {rank}: torchrun is gone, and with it whoever would start this worker again', 1)
-    start, comm_start = time.perf_counter(), comm.seconds
+    if problem:
+        log(f'warning: {problem}; going on without it')
+    path, kept = os.path.join(out_dir, 'metrics.jsonl'), []
+    with contextlib.suppress(OSError):
+        for line in open(path, errors='replace'):
+            try:
+                if json.loads(line)['round'] <= run.round:  # what was lost with the worker that logged it comes again
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                log(f'warning: {path}: a damaged line is left out')
+        write_whole(path, lambda file: file.write(''.join(kept).encode()))
+    metrics = open(path, 'a')
+while progress() < 1 and not stopped:
+    start = time.perf_counter()
     # deal the data: what was left over, then what comes next; at the end of the run only what is missing
-    steps = min(H, math.ceil((max_tokens - run.tokens) / (world * batch_tokens))) if max_tokens else H
+    steps = math.ceil(min(H, ((max_tokens or math.inf) - run.tokens) / (world * batch_tokens)))
     fresh = max(0, world * steps - len(run.left))
     dealt = run.left + list(range(run.next, run.next + fresh))
-    mine, plain, loss, done = dealt[rank * steps:(rank + 1) * steps], run.round < warmup_rounds, 0.0, 0
-    for step in mine:
-        loss, done = loss + inner_step(step, learning_rate_now(done), plain), done + 1
-        if round_seconds and time.perf_counter() - start > round_seconds and not plain:
+    plain, losses = run.round < warmup_rounds, []
+    for step in dealt[rank * steps:(rank + 1) * steps]:
+        losses.append(inner_step(step, learning_rate_now(len(losses)), plain))
+        if not plain and (stopped or 0 < round_seconds < time.perf_counter() - start):
             break
-    local = flat()
-    computing = time.perf_counter() - start - (comm.seconds - comm_start)
-
-    waiting = comm.seconds
-    report = gather('end of the round',
-                    {'done': done, 'loss': loss, 'finite': bool(local.isfinite().all()), 'seconds': computing})
-    waiting = comm.seconds - waiting
+    local, good = flat(), [loss for loss in losses if math.isfinite(loss)]
+    report = gather('end of the round', {
+        'done': len(losses), 'finite': bool(good and local.isfinite().all()), 'loss': sum(good) / max(1, len(good)),
+        'seconds': time.perf_counter() - start})
+    waited = comm.seconds
     counts = [w['done'] if w['finite'] else 0 for w in report]
-    if not sum(counts):
-        leave(f'round {run.round + 1}: no worker has finite weights; a smaller learning_rate than {learning_rate}?', 1)
+    if not any(counts):
+        diverged('the next loss of every worker')
+
     if plain:
         theta.copy_(local)
     else:
-        weight = counts[rank] / sum(counts)
-        pseudo = (theta.double() - local) * weight if weight else torch.zeros_like(theta)
+        pseudo = (theta.double() - local) * (counts[rank] / sum(counts)) if counts[rank] else torch.zeros_like(theta)
         if world > 1:
             wire = torch.bfloat16 if outer_dtype == 'bf16' else torch.float32
             pseudo = all_reduce('averaging pseudo-gradients', pseudo.to(wire))
@@ -610,58 +587,51 @@ while progress() < 1:
         momentum.mul_(outer_momentum).add_(pseudo)
         theta.copy_(theta.double() - outer_lr * (pseudo.double() + outer_momentum * momentum))
         del pseudo
-    if not counts[rank]:  # and what made them so
-        print(f'  worker {rank}: weights not finite, left out; its optimizer starts anew', file=worker_log)
-        for opt in optimizers:
-            opt.state.clear()
-    load_theta()
-    read = [step for i, w in enumerate(report) for step in dealt[i * steps:i * steps + w['done']]]
-    run.left, run.next, run.round = sorted(set(dealt) - set(read)), run.next + fresh, run.round + 1
+    if not counts[rank]:  # what made the weights of this worker so goes as well
+        for value in inner_state():
+            value.zero_()
+    fill(weights, theta)
+    read = {step for i, w in enumerate(report) for step in dealt[i * steps:i * steps + w['done']]}
+    run.left, run.next, run.round = sorted(set(dealt) - read), run.next + fresh, run.round + 1
     run.tokens, run.inner = run.tokens + len(read) * batch_tokens, run.inner + max(w['done'] for w in report)
     hashes = gather('comparing hashes', fingerprint())
     if len(set(hashes)) > 1:
-        leave(f'round {run.round}: theta differs ({", ".join(h[:8] for h in hashes)}); the round is done again', 1)
+        leave(f'round {run.round}: theta differs ({", ".join(h[:8] for h in hashes)}); it is done again', 1, retry=True)
+    shown = eval_rounds and run.round % eval_rounds == 0 and progress() < 1
+    val, bpb = evaluate(eval_tokens if shown else 1)  # what is saved has a finite loss
 
-    path = snapshot(folder) if run.round % snapshot_rounds == 0 or progress() >= 1 else None
-    if s3 and path and run.round - offered >= upload_rounds:
-        s3.offer(path)
-        offered = run.round
-    comm.tokens += done * batch_tokens
-    seconds, mean = time.perf_counter() - start, sum(w['loss'] for w in report) / len(read)
-    talking = comm.seconds - comm_start - waiting
-    log(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {mean:.4f} | '
-        f'{world} worker{"s" * (world > 1)} | {len(read) * batch_tokens / seconds:,.0f} tok/s | '
-        f'compute {max(w["seconds"] for w in report):.2f} s, communicate {talking:.2f} s | theta {hashes[0][:8]}'
-        + (f' | uploaded round {s3.newest}' if s3 else ''))
-    print(f'  worker {rank} of {world}: steps of data {ranges(mine[:done])}, loss {loss / max(done, 1):.4f}, '
-          f'compute {computing:.2f} s, wait {waiting:.2f} s, theta {hashes[rank][:16]}', file=worker_log)
-    val = bpb = None
-    if eval_rounds and run.round % eval_rounds == 0 and progress() < 1:
-        val, bpb = evaluate(eval_tokens)
+    if run.round % snapshot_rounds == 0 or progress() >= 1 or stopped:
+        snapshot(folder)
+    if s3_bucket and rank == 0 and run.round - s3.newest >= upload_rounds and not list_checkpoints(s3_folder):
+        snapshot(s3_folder)
+    row = {'round': run.round, 'tokens': run.tokens, 'workers': world, 'done': [w['done'] for w in report],
+           'loss': sum(w['loss'] * n for w, n in zip(report, counts)) / sum(counts),
+           'seconds': time.perf_counter() - start, 'compute': [w['seconds'] for w in report],
+           'communicate': comm.seconds - waited, 'bytes': comm.bytes, 'theta': hashes[0], 'uploaded': s3.newest,
+           'read': list(zip(sorted(read - {s + 1 for s in read}), sorted(read - {s - 1 for s in read})))}  # from, to
+    log(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {row["loss"]:.4f} | {world} workers | '
+        f'{len(read) * batch_tokens / row["seconds"]:,.0f} tok/s | compute {max(row["compute"]):.2f} s, communicate '
+        f'{row["communicate"]:.2f} s | theta {hashes[0][:8]} | uploaded round {s3.newest}')
+    if shown:
+        row |= {'val_loss': val, 'val_bpb': bpb}
         log(f'round {run.round:5} | validation loss {val:.4f} | {bpb:.4f} bits per byte')
     if rank == 0:
-        metrics.write(json.dumps({
-            'round': run.round, 'tokens': run.tokens, 'loss': mean, 'val_loss': val, 'val_bpb': bpb, 'workers': world,
-            'seconds': seconds, 'compute': [w['seconds'] for w in report], 'done': [w['done'] for w in report],
-            'wait': waiting, 'communicate': talking,
-            'bytes': comm.bytes, 'read': ranges(sorted(read)), 'theta': hashes[0],
-            'uploaded': s3 and s3.newest}) + '\n')
+        write(metrics, json.dumps(row))
+if stopped:
+    leave_stopped()
 
 # -- the end
 loss, bpb = evaluate(final_eval_tokens)
 log(f'{run.round:,} rounds, {run.tokens:,} tokens: validation loss {loss:.4f}, {bpb:.4f} bits per byte')
-if comm.tokens and world > 1:
-    mine, plain = comm.bytes / comm.tokens, theta.nbytes / batch_tokens
-    log(f'communication of this process: {mine:.3f} bytes a token, where data parallel takes {plain:.3f}: '
-        f'{plain / mine:.1f} times less')
 if rank == 0:
     path = snapshot(out_dir, final=True, val=loss, val_bpb=bpb)
     log(f'saved {path}' if path else 'the last snapshot is not saved')
-    if s3:
-        if path and offered < run.round:
-            s3.offer(path)
-        s3.queue.put('')
-        s3.thread.join(600)
-        log(f'last uploaded round: {s3.newest}' + f', NOT {run.round}: S3 did not take it' * (s3.newest < run.round))
+    if s3_bucket:
+        if s3.newest < run.round:
+            snapshot(s3_folder)
+        run_ended.set()
+        s3_thread.join()
+        log(f'last uploaded round: {s3.newest}' + (f', NOT {run.round}: {s3.problem}' if s3.newest < run.round else ''))
 if world > 1:
     dist.destroy_process_group()
+os._exit(0)  # a reader of the log that has gone would make an orderly exit fail

@@ -102,8 +102,6 @@ PER_MACHINE = 'dataset out_dir device dtype compile micro_batch_size chunk_size 
 MAY_CHANGE = ('max_tokens max_rounds round_seconds eval_rounds eval_tokens final_eval_tokens s3_bucket snapshot_rounds '
               'keep_snapshots upload_rounds s3_keep').split()
 
-rank, local_rank, world = (int(os.environ.get(k, n)) for k, n in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-torchrun = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
 worker_log = None
 
 
@@ -124,14 +122,14 @@ def log(line):
 
 def leave(message, code=2, retry=False):
     """End this worker with one line. Unless a retry may help, torchrun is told not to start it again."""
-    if local_rank and not retry:
+    if int(os.environ.get('LOCAL_RANK', 0)) and not retry:
         time.sleep(10)  # worker 0 of this machine says it, and torchrun ends this one; else it is about this one alone
     with contextlib.suppress(SystemExit, OSError):
         die(' '.join(str(message).split()))
     if worker_log:
         write(worker_log, f'error: {message}')
-    if torchrun and not retry:
-        os.kill(torchrun, signal.SIGTERM)
+    if 'TORCHELASTIC_RUN_ID' in os.environ and not retry:
+        os.kill(os.getppid(), signal.SIGTERM)
     os._exit(code)  # a broken process group can make an orderly exit hang
 
 
@@ -146,14 +144,13 @@ def one_line(kind, error, trace):
 
 
 stopped = []  # the signal that ends this run
-signals, wake = os.pipe()
 
 
 def watch():
     """A thread, as Python's own handlers wait while the main thread waits for other workers. After a signal the round
     ends with the steps that are done; where that takes too long, the worker leaves before torchrun kills it."""
     while not select.select([signals], [], [], 1)[0]:
-        if torchrun and os.getppid() != torchrun:
+        if 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != parent:
             leave(f'worker {rank}: torchrun is gone, and with it whoever would start this worker again', 1, retry=True)
     stopped.append(os.read(signals, 1)[0])
     time.sleep(20)
@@ -166,15 +163,17 @@ def leave_stopped():
     os._exit(128 + stopped[0])
 
 
+sys.excepthook = one_line
+configurator.die = leave  # a knob that configure, require or pick_device refuses ends a worker like anything else
+config = configure(globals())
+globals().update(config)
+rank, local_rank, world = (int(os.environ.get(k, n)) for k, n in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+parent, (signals, wake) = os.getppid(), os.pipe()
 os.set_blocking(wake, False)
 signal.set_wakeup_fd(wake)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: None)
 threading.Thread(target=watch, daemon=True).start()
-sys.excepthook = one_line
-configurator.die = leave  # a knob that configure, require or pick_device refuses ends a worker like anything else
-config = configure(globals())
-globals().update(config)
 
 # -- check the knobs
 require(config, optimizer='adamw muon', schedule='cosine wsd constant', outer_dtype='fp32 bf16',

@@ -9,11 +9,12 @@ Train one FELA model on many ordinary machines that may come and go: DiLoCo (arX
 
 A round: each worker takes H inner steps on windows of its own; the mean of (theta - its weights), weighted by tokens,
 is the gradient of an outer SGD with Nesterov momentum. The inner optimizers' states stay local; a worker that joins
-gets a copy of one. Each worker keeps its own snapshots. When a worker is lost or joins, torchrun restarts the others:
-the newest round that anyone holds wins, and an unfinished round is done again by those present. Losing the rendezvous
-host (HOST above) ends the run; the same command goes on from the newest round.
-What workers tell each other is numbers, or JSON in tensors. torchrun itself unpickles what its own rendezvous (c10d)
-holds: let only your workers reach that port. Exit code 2: the input was wrong; 1: a failure, try again.
+gets a copy of one. When a worker is lost or joins, torchrun restarts the others: the newest round of which anyone has
+a snapshot wins, and an unfinished round is done again by those present. Losing HOST ends the run; the same command
+goes on. Exit code 2: the input was wrong; 1: a failure, try again.
+
+What workers send each other is numbers, or JSON in tensors. But torchrun unpickles what is in its own c10d rendezvous:
+let nobody else reach that port.
 """
 import contextlib
 import glob
@@ -29,17 +30,17 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, fields
+from dataclasses import fields
 from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
 import configurator
 from configurator import configure, die, lock_folder, pick_device, require, write_whole
-from model import (FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, read_manifest,
-                   save_checkpoint)
+from model import FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, save_checkpoint
 from prepare import DataError, TokenData, ensure_pysrc, get_tokenizer
 
 # data and model
@@ -69,13 +70,10 @@ outer_dtype = 'bf16'  # fp32, bf16: of pseudo-gradients on the wire
 # inner optimizer
 optimizer = 'adamw'  # adamw, muon (matrices by Muon, the rest by AdamW)
 learning_rate = 2e-3  # peak
-schedule = 'cosine'  # cosine, wsd (warmup, stable, decay), constant
+schedule = 'cosine'  # cosine, wsd (warmup, stable, decay in the last 30%), constant
 warmup_iters = 50  # inner steps of linear warmup
-decay_frac = 0.3  # wsd: last part of the run, where the learning rate falls
 min_lr_frac = 0.1  # the learning rate falls to this fraction of its peak
 weight_decay = 0.1  # matrices only
-beta1 = 0.9  # AdamW
-beta2 = 0.95  # AdamW
 grad_clip = 1.0  # largest inner gradient norm; 0: off
 seed = 1337  # of the initial weights and the order of the data
 # evaluation, of the global model
@@ -87,7 +85,6 @@ run_name = 'diloco'  # its name in S3 and under out/; the same name goes on with
 out_dir = ''  # logs, metrics.jsonl, snapshots of the workers of this machine; '': out/<run_name>
 timeout = 600.0  # seconds, slightly above the slowest round: a worker that is silent for so long is lost
 snapshot_rounds = 1  # rounds between snapshots on every worker's disk
-keep_snapshots = 2  # the last so many are kept
 # S3 (endpoint, region and credentials by the usual AWS variables)
 s3_bucket = ''  # '': off
 upload_rounds = 10  # rounds between uploads
@@ -100,24 +97,16 @@ compile = 'auto'  # auto, on, off: torch.compile
 # knobs that may differ between machines, and knobs that may change when a run goes on
 PER_MACHINE = 'dataset out_dir device dtype compile micro_batch_size chunk_size timeout'.split()
 MAY_CHANGE = ('max_tokens max_rounds round_seconds eval_rounds eval_tokens final_eval_tokens s3_bucket snapshot_rounds '
-              'keep_snapshots upload_rounds s3_keep').split()
-
-worker_log = None
+              'upload_rounds s3_keep').split()
+logs, stopped = [], []  # files that a line goes to; the signal that ends this run
 
 
 # -- what is said, and how a worker ends
-def write(file, line):
-    """A reader that has gone or a full disk costs lines, never rounds."""
-    with contextlib.suppress(OSError):
-        print(line, file=file, flush=True)
-
-
-def log(line):
-    """Rank 0 says it, every worker keeps it."""
-    if rank == 0:
-        write(sys.stdout, line)
-    if worker_log:
-        write(worker_log, line)
+def say(line, *files):
+    """To rank 0's screen and every worker's log. A reader that has gone or a full disk costs lines, never rounds."""
+    for file in files or logs:
+        with contextlib.suppress(OSError):
+            print(line, file=file, flush=True)
 
 
 def leave(message, code=2, retry=False):
@@ -126,14 +115,13 @@ def leave(message, code=2, retry=False):
         time.sleep(10)  # worker 0 of this machine says it, and torchrun ends this one; else it is about this one alone
     with contextlib.suppress(SystemExit, OSError):
         die(' '.join(str(message).split()))
-    if worker_log:
-        write(worker_log, f'error: {message}')
+    say(f'error: {message}', *logs[-1:])
     if 'TORCHELASTIC_RUN_ID' in os.environ and not retry:
         os.kill(os.getppid(), signal.SIGTERM)
     os._exit(code)  # a broken process group can make an orderly exit hang
 
 
-def one_line(kind, error, trace):
+def excepthook(kind, error, trace):
     """What a user, a disk or a network can cause ends in one line, not in a traceback."""
     if issubclass(kind, (DataError, CheckpointError, OSError)):
         leave(error, 1 if issubclass(kind, OSError) else 2)
@@ -141,9 +129,6 @@ def one_line(kind, error, trace):
         leave(f'{device} is out of memory; try a smaller micro_batch_size than {micro_batch_size}')
     sys.__excepthook__(kind, error, trace)
     os._exit(1)
-
-
-stopped = []  # the signal that ends this run
 
 
 def watch():
@@ -158,12 +143,12 @@ def watch():
 
 
 def leave_stopped():
-    write(sys.stderr, f'worker {rank}: stopped by {signal.Signals(stopped[0]).name}; the same command goes on from the '
-                      f'newest snapshot')
+    name = signal.Signals(stopped[0]).name
+    say(f'worker {rank}: stopped by {name}; the same command goes on from the newest snapshot', sys.stderr, *logs[-1:])
     os._exit(128 + stopped[0])
 
 
-sys.excepthook = one_line
+sys.excepthook = excepthook
 configurator.die = leave  # a knob that configure, require or pick_device refuses ends a worker like anything else
 config = configure(globals())
 globals().update(config)
@@ -178,9 +163,9 @@ threading.Thread(target=watch, daemon=True).start()
 # -- check the knobs
 require(config, optimizer='adamw muon', schedule='cosine wsd constant', outer_dtype='fp32 bf16',
         compile='auto on off', dtype='auto float32 bfloat16',
-        **dict.fromkeys('block_size H batch_tokens micro_batch_size keep_snapshots snapshot_rounds upload_rounds '
+        **dict.fromkeys('block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds '
                         's3_keep timeout'.split(), (1, math.inf)),
-        **dict.fromkeys('outer_momentum decay_frac min_lr_frac beta1 beta2'.split(), (0, 1)),
+        **dict.fromkeys(('outer_momentum', 'min_lr_frac'), (0, 1)),
         **dict.fromkeys('max_tokens max_rounds round_seconds warmup_rounds outer_lr learning_rate seed warmup_iters '
                         'weight_decay grad_clip eval_rounds eval_tokens final_eval_tokens'.split(), (0, math.inf)))
 if not (max_tokens or max_rounds):
@@ -206,26 +191,26 @@ if dataset == 'pysrc':
 train_data = TokenData(data_dir, 'train', block_size, seed)
 val_data = TokenData(data_dir, 'val', block_size)  # its order depends on no knob
 tokenizer = get_tokenizer(train_data.meta['tokenizer'])
+config |= {'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.name,
+           'data_sha256': train_data.meta['splits']['train']['sha256']}
 torch.manual_seed(seed)
 try:
-    model_config = FELAConfig(vocab_size=tokenizer.vocab_size,
-                              **{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config})
+    model_config = FELAConfig(**{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config})
 except ValueError as e:
     leave(e)
 with torch.device(device):
     model = FELA(model_config)
 if compile == 'on' or compile == 'auto' and device_type == 'cuda':
     model.compile_blocks()
-optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2))
+optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay)
 weights = list(model.parameters())
-config |= asdict(model_config)
-config |= {'tokenizer': tokenizer.name, 'data_sha256': train_data.meta['splits']['train']['sha256']}
+theta = parameters_to_vector(weights).detach()  # the global model (P,): the same on all workers after each round
+momentum = torch.zeros_like(theta)  # of the outer optimizer
+# What all workers know. Data is read in steps: step s is windows s * batch_tokens / block_size ... of the stream.
+# next: the first step that nobody was given; left: steps before it that a slow worker did not do
+run = SimpleNamespace(round=0, tokens=0, next=0, left=[])
 shared = {k: v for k, v in config.items() if k not in PER_MACHINE}
 identity = {k: v for k, v in shared.items() if k not in MAY_CHANGE}
-
-
-def flat():
-    return torch.nn.utils.parameters_to_vector(weights).detach()
 
 
 @torch.no_grad()
@@ -235,32 +220,17 @@ def fill(tensors, vector):
 
 
 def inner_state():
-    """The tensors of the inner optimizers, in the same order on all workers"""
-    return [value for opt in optimizers for group in opt.param_groups for p in group['params']
-            for _, value in sorted(opt.state[p].items())]
+    """The tensors of the inner optimizers, in the same order on all workers."""
+    return [value for opt in optimizers for entry in opt.state.values() for value in entry.values()]
 
 
-theta = flat()  # the global model, one vector (P,): the same on all workers after each round
-momentum = torch.zeros_like(theta)  # of the outer optimizer
 for p in weights:
     p.grad = torch.zeros_like(p)
-for opt in optimizers:
-    opt.step()  # it makes the tensors; the weights that it changes are filled from theta before the first round
+for opt in optimizers:  # a step makes those tensors; the weights that it changes are filled from theta before round 1
+    opt.step()
     opt.zero_grad()
 for value in inner_state():
     value.zero_()
-
-# What all workers know. Data is read in steps: step s is windows s * batch_tokens / block_size ... of the stream.
-# next: the first step that nobody was given; left: steps before it that a slow worker did not do; inner: steps so far
-run = SimpleNamespace(round=0, tokens=0, inner=0, next=0, left=[])
-comm = SimpleNamespace(seconds=0.0, bytes=0, tokens=0)  # of this process
-
-
-def fingerprint():
-    digest = hashlib.sha256(json.dumps(vars(run), sort_keys=True).encode())
-    for vector in (theta, momentum):
-        digest.update(vector.cpu().numpy())
-    return digest.hexdigest()
 
 
 # -- snapshots
@@ -269,9 +239,9 @@ def snapshot(where, final=False, **losses):
              'config': config, 'training': vars(run)}
     manifest = {'tokens': run.tokens, 'tokenizer': tokenizer.name, 'losses': losses, 'config': config}
     try:
-        return save_checkpoint(where, run.round, state, manifest, final, keep_snapshots)
+        return save_checkpoint(where, run.round, state, manifest, final, keep=2)
     except (CheckpointError, OSError) as e:
-        write(sys.stderr, f'warning: worker {rank}: {e}; training goes on')
+        say(f'warning: worker {rank}: {e}; training goes on', sys.stderr)
 
 
 def difference(theirs, where, mine):
@@ -285,160 +255,142 @@ def restore(state, where):
     if other := difference(state['config'], f'in {where}', identity):
         leave(f'{other}: another --run_name (or --out_dir) starts another run')
     model.load_state_dict(state['model'])
-    theta.copy_(flat())
+    theta.copy_(parameters_to_vector(weights).detach())
     momentum.copy_(state['outer'])
-    for opt, saved in zip(optimizers, state['optimizer'], strict=True):
+    for opt, saved in zip(optimizers, state['optimizer']):
         opt.load_state_dict(saved)
     vars(run).update(state['training'])
 
 
-out_dir = out_dir or os.path.join('out', run_name)
+def fingerprint():
+    return hashlib.sha256(torch.cat((theta, momentum)).cpu().numpy()).hexdigest()
+
+
+out_dir, problem = out_dir or os.path.join('out', run_name), ''
 folder = os.path.join(out_dir, f'worker_{local_rank:02}')
 lock_folder(folder)  # a second run in this folder ends here
-worker_log = open(os.path.join(folder, 'log.txt'), 'a')
-problem = ''
+logs += [sys.stdout] * (rank == 0) + [open(os.path.join(folder, 'log.txt'), 'a')]
 try:
     restore(load_checkpoint(folder)[0], folder)
 except CheckpointError:  # another worker may have what is missing or damaged here
-    for path in glob.glob(os.path.join(glob.escape(out_dir), '**', 'step_*.json'), recursive=True):
-        problem = f'{path}: no worker can go on from it, and another --out_dir or --run_name starts anew'
+    problem = next(glob.iglob(os.path.join(glob.escape(out_dir), '**', 'step_*.json'), recursive=True), '')
 
 
 # -- talking to the other workers
+sent = []  # bytes, by this process
+
+
 @contextlib.contextmanager
-def together(what, nbytes=0):
-    """Around a collective, which is timed and counted. When it fails, torchrun forms the group anew."""
-    start = time.perf_counter()
+def together(what):
+    """Around a collective. When it fails, torchrun forms the group anew."""
     try:
         yield
     except (RuntimeError, ValueError) as e:
-        leave(f'worker {rank}, round {run.round + 1}, {what}: another worker is gone, or silent for timeout={timeout:g} '
-              f's; those present do the round again ({str(e).splitlines()[0][:160]})', 1, retry=True)
-    comm.seconds, comm.bytes = comm.seconds + time.perf_counter() - start, comm.bytes + nbytes
+        leave(f'worker {rank}, round {run.round + 1}, {what}: another worker is gone, or silent for timeout={timeout:g} s; '
+              f'those present do the round again ({str(e).splitlines()[0][:160]})', 1, retry=True)
+
+
+def all_reduce(what, tensor, op=dist.ReduceOp.SUM):
+    if world > 1:
+        with together(what):
+            dist.all_reduce(tensor, op)
+        sent.append(tensor.nbytes)
+    return tensor
 
 
 def gather(what, value):
-    """[value of worker 0, of worker 1, ...] everywhere. It travels as JSON: nothing that a stranger sends is executed."""
-    if world == 1:
-        return [value]
+    """[value of worker 0, of worker 1, ...] everywhere. It travels as JSON: what a stranger sends is not executed."""
     text = json.dumps(value).encode()
-    with together(what, len(text)):
-        size = torch.tensor(len(text))
-        dist.all_reduce(size, dist.ReduceOp.MAX)
-        rows = torch.zeros(world, size, dtype=torch.uint8)
-        rows[rank] = torch.tensor(list(text.ljust(size)))
-        dist.all_reduce(rows)
-        return [json.loads(bytes(row.tolist())) for row in rows]
-
-
-def all_reduce(what, tensor):
-    if world > 1:
-        with together(what, tensor.nbytes):
-            dist.all_reduce(tensor)
-    return tensor
+    size = all_reduce(what, torch.tensor(len(text)), dist.ReduceOp.MAX)
+    rows = torch.zeros(world, size, dtype=torch.uint8)
+    rows[rank] = torch.tensor(list(text.ljust(size)))
+    with together(what):
+        return [json.loads(bytes(row.tolist())) for row in all_reduce(what, rows)]
 
 
 def take_over(source, mine):
     """All get the newest round from worker `source`, and whoever lacks it an inner state too: its moments are warm."""
     vars(run).update(gather('handing over', vars(run))[source])
     for tensor in (theta, momentum, *inner_state()):
-        with together('handing over', tensor.nbytes):
+        with together('handing over'):
             dist.broadcast(tensor.clone() if mine else tensor, source)
 
 
-# -- S3: <run_name>/round_000120/<sha256>.pt, then <sha256>.json, which is what makes it exist. A thread of rank 0
-# uploads what it finds in a folder, whatever S3 does.
-s3 = SimpleNamespace(client=None, newest=0, problem='', fetched=None)
-s3_folder = os.path.join(folder, 's3')
+# -- S3: <run_name>/step_000120.pt, then its .json, which is what makes it exist: as on disk
+s3 = SimpleNamespace(client=None, newest=0, fetched=False, problem=f's3_bucket={s3_bucket!r} does not answer')
 s3_answered, run_ended = threading.Event(), threading.Event()
 
 
-def s3_do(action, key, **kwargs):
-    return getattr(s3.client, action)(Bucket=s3_bucket, Key=f'{run_name}/{key}', **kwargs)
+def s3_do(action, name, **kwargs):
+    return getattr(s3.client, action)(Bucket=s3_bucket, Key=f'{run_name}/{name}', **kwargs)
 
 
-def s3_why(e):
-    """In one line and without secrets, which may be in an endpoint, and in what a server says."""
-    code = getattr(e, 'response', {}).get('Error', {}).get('Code', type(e).__name__)
-    return f's3_bucket={s3_bucket!r}: {e if isinstance(e, (CheckpointError, ImportError)) else code}'
-
-
-def s3_keys():
-    """Newest round first."""
-    pages = s3.client.get_paginator('list_objects_v2').paginate(Bucket=s3_bucket, Prefix=f'{run_name}/round_')
-    keys = (item['Key'].removeprefix(f'{run_name}/') for page in pages for item in page.get('Contents', []))
-    return sorted((key for key in keys if re.fullmatch(r'round_\d{6}/[0-9a-f]{64}\.(pt|json)', key)), reverse=True)
+def s3_names():
+    """Newest round first, and of a round the manifest last."""
+    items = s3.client.list_objects_v2(Bucket=s3_bucket, Prefix=f'{run_name}/step_').get('Contents', [])
+    names = (item['Key'].removeprefix(f'{run_name}/') for item in items)
+    return sorted((name for name in names if re.fullmatch(r'step_\d{6}\.(pt|json)', name)), reverse=True)
 
 
 def s3_open(than):
-    """Is there a bucket, is this run name ours, and is a round there that is newer `than` on the workers' disks?"""
+    """Is this run name ours? If it is newer `than` on any disk, the newest round comes into our folder, and one more."""
     try:
         import boto3
         from botocore.config import Config
     except ImportError:
-        raise ImportError('it needs boto3: pip install boto3') from None
+        leave('s3_bucket needs boto3: pip install boto3')
     s3.client = boto3.client('s3', config=Config(connect_timeout=5, read_timeout=20, retries={
         'mode': 'adaptive', 'total_max_attempts': 2}, s3={'addressing_style': 'path'}))
     try:
-        theirs = json.loads(s3_do('get_object', 'config.json')['Body'].read(1 << 24))
+        theirs = json.load(s3_do('get_object', 'config.json')['Body'])
     except s3.client.exceptions.NoSuchKey:
         s3_do('put_object', 'config.json', Body=json.dumps(identity, indent=1), IfNoneMatch='*')
         theirs = identity
     if other := difference(theirs, 'there', identity):
         raise CheckpointError(f'run_name={run_name!r} is taken by a run with another config: {other}')
-    manifests = [key for key in s3_keys() if key.endswith('.json')]
-    for key in manifests:
-        number, path = int(key[6:12]), os.path.join(s3_folder, 'fetched')
-        if number > than:
-            if s3_answered.is_set():
-                continue  # training has gone on without it
-            try:
-                for ext in ('.json', '.pt'):
-                    s3_do('download_file', key[:-5] + ext, Filename=path + ext)
-                s3.fetched = load_checkpoint(path + '.pt')[0]
-            except Exception as e:
-                log(f'warning: {key[:12]} in S3 is not whole, STEPPING BACK: {s3_why(e)}')
-                continue
-        s3.newest = number
-        return
-    if manifests and not than:
-        raise CheckpointError(f'no round of run_name={run_name!r} is whole there')
+    names = s3_names()
+    s3.newest = max((int(name[5:11]) for name in names if int(name[5:11]) <= than), default=0)
+    for name in [name for name in names if int(name[5:11]) > than and not s3_answered.is_set()][:4]:
+        s3_do('download_file', name, Filename=os.path.join(folder, name))
+        s3.fetched = True
 
 
 def s3_upload(path):
-    manifest = read_manifest(path)
-    key = f'round_{manifest["step"]:06d}/{manifest["sha256"]}'
-    s3_do('upload_file', key + '.pt', Filename=path[:-5] + '.pt')
-    if s3_do('head_object', key + '.pt')['ContentLength'] != os.path.getsize(path[:-5] + '.pt'):
-        raise CheckpointError(f'{key}.pt did not arrive whole')
-    s3_do('upload_file', key + '.json', Filename=path)
-    s3.newest, keys = manifest['step'], s3_keys()
-    kept = sorted({k[:12] for k in keys if k.endswith('.json') and k[:12] <= key[:12]})[-s3_keep:]
-    for old in sorted((k for k in keys if k < kept[0]), key=len, reverse=True):  # the manifests, .json, first
+    """A copy, as a newer snapshot may replace this one meanwhile."""
+    name, copy = os.path.basename(path)[:-5], os.path.join(folder, 'upload')
+    for ext in ('.pt', '.json'):
+        shutil.copyfile(path[:-5] + ext, copy + ext)
+    s3_do('delete_object', name + '.json')  # what exists is whole
+    s3_do('upload_file', name + '.pt', Filename=copy + '.pt')
+    if s3_do('head_object', name + '.pt')['ContentLength'] != os.path.getsize(copy + '.pt'):
+        raise CheckpointError(f'{name}.pt did not arrive whole')
+    s3_do('upload_file', name + '.json', Filename=copy + '.json')
+    s3.newest, names = int(name[5:]), s3_names()
+    kept = sorted(old for old in names if old.endswith('.json') and old[:11] <= name)[-s3_keep:]
+    for old in sorted((old for old in names if old[:11] < kept[0][:11]), key=len, reverse=True):  # .json first
         s3_do('delete_object', old)
 
 
 def s3_work(than):
+    """A thread of rank 0: whatever S3 does, training goes on."""
     opened, chances = False, 2  # to fail at the end of the run
     while chances:
-        waiting = list_checkpoints(s3_folder)
-        if opened and not waiting and run_ended.is_set():
-            break
+        ending = run_ended.is_set()
         try:
             if not opened:
                 s3_open(than)
                 opened = True
-            elif waiting:
-                s3_upload(waiting[0])
-                for path in waiting:
-                    os.remove(path)
-                    os.remove(path[:-5] + '.pt')
+            for path in list_checkpoints(folder)[:1]:
+                if int(path[-11:-5]) - s3.newest >= (1 if ending else upload_rounds):
+                    s3_upload(path)
             s3.problem = ''
-        except Exception as e:
-            chances -= run_ended.is_set()
-            if s3.problem != s3_why(e):
-                s3.problem = s3_why(e)
-                log(f'warning: {s3.problem}; S3 is tried again and again')
+            if ending:
+                return
+        except Exception as e:  # said without secrets, which may be in an endpoint, and in what a server answers
+            chances -= ending
+            code = getattr(e, 'response', {}).get('Error', {}).get('Code', type(e).__name__)
+            s3.problem = f's3_bucket={s3_bucket!r}: {e if isinstance(e, CheckpointError) else code}'
+            say(f'warning: {s3.problem}; it is tried again')
         s3_answered.set()
         run_ended.wait(5 if s3.problem else 0.5)
 
@@ -448,45 +400,45 @@ if world > 1:
     with together('forming the group'):
         dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo',
                                 timeout=timedelta(seconds=timeout))
-    sys.excepthook = one_line  # torch has wrapped it, and would swallow the line
-there = gather('forming the group', {'config': shared, 'round': run.round, 'name': f'worker {rank} ({socket.gethostname()})'})
+    sys.excepthook = excepthook  # torch has wrapped it, and would swallow the line
+there = gather('forming the group', {'config': shared, 'round': run.round,
+                                     'name': f'worker {rank} ({socket.gethostname()})'})
 newest = max(there, key=lambda w: w['round'])
 if other := difference(newest['config'], f'on {newest["name"]}', shared):
     leave(f'{other}: all workers need the same')
 if s3_bucket and rank == 0:
-    shutil.rmtree(s3_folder, ignore_errors=True)
-    os.makedirs(s3_folder)
     s3_thread = threading.Thread(target=s3_work, args=(newest['round'],), daemon=True)
     s3_thread.start()
-    problem = s3.problem if s3_answered.wait(timeout / 2) else f's3_bucket={s3_bucket!r} does not answer'
+    s3_answered.wait(timeout / 2)
     s3_answered.set()
-    if s3.fetched:
-        restore(s3.fetched, f's3://{s3_bucket}/{run_name}')
-        log(f'round {run.round} comes from s3://{s3_bucket}/{run_name}')
+    problem = s3.problem
+    if s3.fetched:  # steps back where the newest is damaged
+        restore(load_checkpoint(folder)[0], folder)
+        say(f'round {run.round} comes from s3://{s3_bucket}/{run_name}')
 there = gather('forming the group', {'round': run.round, 'hash': fingerprint(), 'problem': problem})
-if not any(w['round'] for w in there):  # never from scratch beside what may be a run
-    for w in there:
-        if w['problem']:
-            leave(w['problem'])
+problems = [w['problem'] for w in there if w['problem']]
+if problems and not any(w['round'] for w in there):
+    leave(f'{problems[0]}: there may be rounds that nobody here can go on from; another --run_name starts anew')
 hashes = [w['hash'] for w in there]  # of two versions of the newest round, the one that more workers hold
 source = max(range(world), key=lambda i: (there[i]['round'], hashes.count(hashes[i]), hashes[i], -i))
 if len(set(hashes)) > 1:
     take_over(source, mine=hashes[rank] == hashes[source])
 fill(weights, theta)
+last_token, last_round = max_tokens or math.inf, max_rounds or math.inf
 
 
 def progress(done=0):
-    """0 to 1, by the budget of which more is used up, when every worker has done so many steps more"""
-    return max((run.tokens + done * world * batch_tokens) / (max_tokens or math.inf), run.round / (max_rounds or math.inf))
+    """0 to 1, by the budget of which more is used up, when every worker has done so many steps more."""
+    return max((run.tokens + done * world * batch_tokens) / last_token, run.round / last_round)
 
 
 def learning_rate_now(done):
     """The schedule of train.py, after `done` steps of this round; tokens are counted as if all workers were as fast."""
-    if run.inner + done < warmup_iters:
-        return learning_rate * (run.inner + done + 1) / (warmup_iters + 1)
-    warm = max(warmup_iters * world * batch_tokens / (max_tokens or math.inf), warmup_iters // H / (max_rounds or math.inf))
+    if run.round * H + done < warmup_iters:
+        return learning_rate * (run.round * H + done + 1) / (warmup_iters + 1)
+    warm = max(warmup_iters * world * batch_tokens / last_token, warmup_iters // H / last_round)
     part = (min(1, progress(done)) - warm) / max(1 - warm, 1e-9)
-    shape = {'cosine': 0.5 * (1 + math.cos(math.pi * part)), 'wsd': min(1, (1 - part) / max(decay_frac, 1e-9)),
+    shape = {'cosine': 0.5 * (1 + math.cos(math.pi * part)), 'wsd': min(1, (1 - part) / 0.3),
              'constant': 1}[schedule]
     return learning_rate * (min_lr_frac + (1 - min_lr_frac) * shape)
 
@@ -504,12 +456,11 @@ def diverged(what):
 def evaluate(tokens):
     """Loss of the global model in nats and bits per byte, over the first windows of the validation order."""
     count = min(val_data.n_windows, -(-tokens // block_size) or val_data.n_windows)
-    first, last = count * rank // world, count * (rank + 1) // world
     total = torch.zeros((), dtype=torch.float64)
-    for i in range(first, last, micro_batch_size):
+    for i in range(rank * micro_batch_size, count, world * micro_batch_size):
         with autocast:
             _, losses = model(*get_batch(val_data, i), reduction='none')
-        total += losses[:last - i].cpu().double().sum()
+        total += losses[:count - i].cpu().double().sum()
     loss = all_reduce('evaluation', total).item() / (count * block_size)
     if not math.isfinite(loss):
         diverged('the validation loss')
@@ -528,8 +479,8 @@ def inner_step(step, lr, plain):
         loss = loss + micro_loss.detach() / accumulation
     if plain:
         grads = [p.grad for p in weights]
-        fill(grads, all_reduce('averaging gradients', torch.nn.utils.parameters_to_vector(grads) / world))
-    norm = torch.nn.utils.clip_grad_norm_(weights, grad_clip or math.inf)
+        fill(grads, all_reduce('averaging gradients', parameters_to_vector(grads) / world))
+    norm = clip_grad_norm_(weights, grad_clip or math.inf)
     for opt in optimizers:
         if norm.isfinite():  # one bad batch is skipped
             opt.step()
@@ -540,25 +491,25 @@ def inner_step(step, lr, plain):
 # -- the loop
 state = ('finished: a larger --max_tokens or --max_rounds goes on with it' if progress() >= 1 else
          f'going on from round {run.round}' if run.round else 'from scratch')
-log(f'{model.num_parameters():,} parameters | {world} workers | round: {H} steps of {batch_tokens:,} tokens each | data '
+say(f'{model.num_parameters():,} parameters | {world} workers | round: {H} steps of {batch_tokens:,} tokens each | data '
     f'{data_dir} ({tokenizer.name}) | device {device}, {dtype} ({why}) | {state}')
+for line in problems:
+    say(f'warning: {line}; going on without it')
 if rank == 0:
-    if problem:
-        log(f'warning: {problem}; going on without it')
     path, kept = os.path.join(out_dir, 'metrics.jsonl'), []
-    with contextlib.suppress(OSError):
-        for line in open(path, errors='replace'):
+    with contextlib.suppress(OSError), open(path, errors='replace') as file:
+        for line in file:
             try:
                 if json.loads(line)['round'] <= run.round:  # what was lost with the worker that logged it comes again
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
-                log(f'warning: {path}: a damaged line is left out')
+                say(f'warning: {path}: a damaged line is left out')
         write_whole(path, lambda file: file.write(''.join(kept).encode()))
     metrics = open(path, 'a')
 while progress() < 1 and not stopped:
     start = time.perf_counter()
     # deal the data: what was left over, then what comes next; at the end of the run only what is missing
-    steps = math.ceil(min(H, ((max_tokens or math.inf) - run.tokens) / (world * batch_tokens)))
+    steps = math.ceil(min(H, (last_token - run.tokens) / (world * batch_tokens)))
     fresh = max(0, world * steps - len(run.left))
     dealt = run.left + list(range(run.next, run.next + fresh))
     plain, losses = run.round < warmup_rounds, []
@@ -566,12 +517,10 @@ while progress() < 1 and not stopped:
         losses.append(inner_step(step, learning_rate_now(len(losses)), plain))
         if not plain and (stopped or 0 < round_seconds < time.perf_counter() - start):
             break
-    local, good = flat(), [loss for loss in losses if math.isfinite(loss)]
-    report = gather('end of the round', {
-        'done': len(losses), 'finite': bool(good and local.isfinite().all()), 'loss': sum(good) / max(1, len(good)),
-        'seconds': time.perf_counter() - start})
-    waited = comm.seconds
-    counts = [w['done'] if w['finite'] else 0 for w in report]
+    local, good = parameters_to_vector(weights).detach(), [loss for loss in losses if math.isfinite(loss)]
+    good = sum(good) / len(good) if good and local.isfinite().all() else None
+    report = gather('end of the round', {'done': len(losses), 'loss': good, 'seconds': time.perf_counter() - start})
+    counts = [0 if w['loss'] is None else w['done'] for w in report]
     if not any(counts):
         diverged('the next loss of every worker')
 
@@ -585,14 +534,13 @@ while progress() < 1 and not stopped:
         # SGD with Nesterov momentum; in double, so that lr 1 without momentum gives the weights back to the last bit
         momentum.mul_(outer_momentum).add_(pseudo)
         theta.copy_(theta.double() - outer_lr * (pseudo.double() + outer_momentum * momentum))
-        del pseudo
     if not counts[rank]:  # what made the weights of this worker so goes as well
         for value in inner_state():
             value.zero_()
     fill(weights, theta)
     read = {step for i, w in enumerate(report) for step in dealt[i * steps:i * steps + w['done']]}
     run.left, run.next, run.round = sorted(set(dealt) - read), run.next + fresh, run.round + 1
-    run.tokens, run.inner = run.tokens + len(read) * batch_tokens, run.inner + max(w['done'] for w in report)
+    run.tokens += len(read) * batch_tokens
     hashes = gather('comparing hashes', fingerprint())
     if len(set(hashes)) > 1:
         leave(f'round {run.round}: theta differs ({", ".join(h[:8] for h in hashes)}); it is done again', 1, retry=True)
@@ -601,36 +549,32 @@ while progress() < 1 and not stopped:
 
     if run.round % snapshot_rounds == 0 or progress() >= 1 or stopped:
         snapshot(folder)
-    if s3_bucket and rank == 0 and run.round - s3.newest >= upload_rounds and not list_checkpoints(s3_folder):
-        snapshot(s3_folder)
     row = {'round': run.round, 'tokens': run.tokens, 'workers': world, 'done': [w['done'] for w in report],
-           'loss': sum(w['loss'] * n for w, n in zip(report, counts)) / sum(counts),
-           'seconds': time.perf_counter() - start, 'compute': [w['seconds'] for w in report],
-           'communicate': comm.seconds - waited, 'bytes': comm.bytes, 'theta': hashes[0], 'uploaded': s3.newest,
+           'loss': sum(w['loss'] * n for w, n in zip(report, counts) if n) / sum(counts),
+           'seconds': time.perf_counter() - start, 'compute': [w['seconds'] for w in report], 'bytes': sum(sent),
+           'theta': hashes[0], 'uploaded': s3.newest,
            'read': list(zip(sorted(read - {s + 1 for s in read}), sorted(read - {s - 1 for s in read})))}  # from, to
-    log(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {row["loss"]:.4f} | {world} workers | '
+    say(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {row["loss"]:.4f} | {world} workers | '
         f'{len(read) * batch_tokens / row["seconds"]:,.0f} tok/s | compute {max(row["compute"]):.2f} s, communicate '
-        f'{row["communicate"]:.2f} s | theta {hashes[0][:8]} | uploaded round {s3.newest}')
+        f'{row["seconds"] - max(row["compute"]):.2f} s | theta {hashes[0][:8]} | uploaded round {s3.newest}')
     if shown:
         row |= {'val_loss': val, 'val_bpb': bpb}
-        log(f'round {run.round:5} | validation loss {val:.4f} | {bpb:.4f} bits per byte')
+        say(f'round {run.round:5} | validation loss {val:.4f} | {bpb:.4f} bits per byte')
     if rank == 0:
-        write(metrics, json.dumps(row))
+        say(json.dumps(row), metrics)
 if stopped:
     leave_stopped()
 
 # -- the end
 loss, bpb = evaluate(final_eval_tokens)
-log(f'{run.round:,} rounds, {run.tokens:,} tokens: validation loss {loss:.4f}, {bpb:.4f} bits per byte')
+say(f'{run.round:,} rounds, {run.tokens:,} tokens: validation loss {loss:.4f}, {bpb:.4f} bits per byte')
 if rank == 0:
     path = snapshot(out_dir, final=True, val=loss, val_bpb=bpb)
-    log(f'saved {path}' if path else 'the last snapshot is not saved')
+    say(f'saved {path}' if path else 'the last snapshot is not saved')
     if s3_bucket:
-        if s3.newest < run.round:
-            snapshot(s3_folder)
         run_ended.set()
         s3_thread.join()
-        log(f'last uploaded round: {s3.newest}' + (f', NOT {run.round}: {s3.problem}' if s3.newest < run.round else ''))
+        say(f'last uploaded round: {s3.newest}' + (f', NOT {run.round}: {s3.problem}' if s3.newest < run.round else ''))
 if world > 1:
     dist.destroy_process_group()
 os._exit(0)  # a reader of the log that has gone would make an orderly exit fail

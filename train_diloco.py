@@ -1,20 +1,19 @@
 """
 Train one FELA model on many ordinary machines that may come and go: DiLoCo (arXiv:2311.08105), under torchrun.
 
-    torchrun --standalone --nproc_per_node=4 train_diloco.py config/diloco_pysrc.py             one machine
+    torchrun --standalone --nproc_per_node=4 train_diloco.py config/diloco_pysrc.py            on one machine
     torchrun --nnodes=10 --node_rank=$RANK --nproc_per_node=1 --master_addr=$MASTER_IP --master_port=29500 \
-        train_diloco.py config/diloco_109m.py --s3_bucket=my-bucket --run_name=cpu_gpt2         ten, all needed
+        train_diloco.py config/diloco_109m.py --s3_bucket=my-bucket --run_name=cpu_gpt2        on ten, all needed
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2:10 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
-        --rdzv_id=cpu_gpt2 --max_restarts=1000 --nproc_per_node=1 train_diloco.py ...           they may come and go
+        --rdzv_id=cpu_gpt2 --max_restarts=1000 --nproc_per_node=1 train_diloco.py ...          that come and go
 
-A round: each worker takes H inner steps on windows of its own; the mean of (theta - its weights), weighted by tokens,
-is the gradient of an outer SGD with Nesterov momentum. The inner optimizers' states stay local; a worker that joins
-gets a copy of one. When a worker is lost or joins, torchrun restarts the others: the newest round of which anyone has
-a snapshot wins, and an unfinished round is done again by those present. Losing HOST ends the run; the same command
-goes on. Exit code 2: the input was wrong; 1: a failure, try again.
-
-What workers send each other is numbers, or JSON in tensors. But torchrun unpickles what is in its own c10d rendezvous:
-let nobody else reach that port.
+A round: each worker takes H inner steps on windows of its own; the mean of (theta - its weights), weighted by
+tokens, is the gradient of an outer SGD with Nesterov momentum. Inner optimizer states stay local; a worker that
+joins gets a copy of one. When a worker is lost or joins, torchrun restarts the others: the newest round of which
+anyone has a snapshot wins, and an unfinished round is done again by those present. Losing HOST ends the run; the
+same command goes on with it. Exit code 2: the input was wrong; 1: a failure, try again.
+Workers exchange numbers, and JSON in tensors. But torchrun unpickles what is in its own c10d rendezvous: nobody
+else may reach that port.
 """
 import contextlib
 import glob
@@ -26,7 +25,6 @@ import re
 import select
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -96,14 +94,14 @@ compile = 'auto'  # auto, on, off: torch.compile
 
 # knobs that may differ between machines, and knobs that may change when a run goes on
 PER_MACHINE = 'dataset out_dir device dtype compile micro_batch_size chunk_size timeout'.split()
-MAY_CHANGE = ('max_tokens max_rounds round_seconds eval_rounds eval_tokens final_eval_tokens s3_bucket snapshot_rounds '
-              'upload_rounds s3_keep').split()
-logs, stopped = [], []  # files that a line goes to; the signal that ends this run
+MAY_CHANGE = ('max_tokens max_rounds round_seconds eval_rounds eval_tokens final_eval_tokens s3_bucket '
+              'snapshot_rounds upload_rounds s3_keep').split()
+logs, stopped, saved = [], [], threading.Event()  # stopped: by which signal; saved: what there was
 
 
 # -- what is said, and how a worker ends
 def say(line, *files):
-    """To rank 0's screen and every worker's log. A reader that has gone or a full disk costs lines, never rounds."""
+    """To rank 0's screen and every worker's log. A reader that has gone or a full disk costs lines, not rounds."""
     for file in files or logs:
         with contextlib.suppress(OSError):
             print(line, file=file, flush=True)
@@ -112,7 +110,7 @@ def say(line, *files):
 def leave(message, code=2, retry=False):
     """End this worker with one line. Unless a retry may help, torchrun is told not to start it again."""
     if int(os.environ.get('LOCAL_RANK', 0)) and not retry:
-        time.sleep(10)  # worker 0 of this machine says it, and torchrun ends this one; else it is about this one alone
+        time.sleep(10)  # worker 0 of this machine says it first, and torchrun ends this one
     with contextlib.suppress(SystemExit, OSError):
         die(' '.join(str(message).split()))
     say(f'error: {message}', *logs[-1:])
@@ -132,27 +130,24 @@ def excepthook(kind, error, trace):
 
 
 def watch():
-    """A thread, as Python's own handlers wait while the main thread waits for other workers. After a signal the round
-    ends with the steps that are done; where that takes too long, the worker leaves before torchrun kills it."""
+    """A thread, as Python's own handlers wait while the main thread waits for other workers. After a signal the
+    round ends with the steps that are done; if that takes too long, the worker leaves before torchrun kills it."""
     while not select.select([signals], [], [], 1)[0]:
         if 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != parent:
-            leave(f'worker {rank}: torchrun is gone, and with it whoever would start this worker again', 1, retry=True)
+            leave(f'worker {rank}: torchrun is gone, and with it whoever would start this one again', 1, retry=True)
     stopped.append(os.read(signals, 1)[0])
-    time.sleep(20)
-    leave_stopped()
-
-
-def leave_stopped():
+    saved.wait(20)
     name = signal.Signals(stopped[0]).name
     say(f'worker {rank}: stopped by {name}; the same command goes on from the newest snapshot', sys.stderr, *logs[-1:])
     os._exit(128 + stopped[0])
 
 
 sys.excepthook = excepthook
-configurator.die = leave  # a knob that configure, require or pick_device refuses ends a worker like anything else
+configurator.die = leave  # what configure, require or pick_device refuses ends a worker like anything else
 config = configure(globals())
 globals().update(config)
-rank, local_rank, world = (int(os.environ.get(k, n)) for k, n in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+rank, local_rank, world = (int(os.environ.get(*item)) for item in
+                           (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 parent, (signals, wake) = os.getppid(), os.pipe()
 os.set_blocking(wake, False)
 signal.set_wakeup_fd(wake)
@@ -162,12 +157,12 @@ threading.Thread(target=watch, daemon=True).start()
 
 # -- check the knobs
 require(config, optimizer='adamw muon', schedule='cosine wsd constant', outer_dtype='fp32 bf16',
-        compile='auto on off', dtype='auto float32 bfloat16',
-        **dict.fromkeys('block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds '
-                        's3_keep timeout'.split(), (1, math.inf)),
-        **dict.fromkeys(('outer_momentum', 'min_lr_frac'), (0, 1)),
-        **dict.fromkeys('max_tokens max_rounds round_seconds warmup_rounds outer_lr learning_rate seed warmup_iters '
-                        'weight_decay grad_clip eval_rounds eval_tokens final_eval_tokens'.split(), (0, math.inf)))
+        compile='auto on off', dtype='auto float32 bfloat16', outer_momentum=(0, 1), min_lr_frac=(0, 1),
+        **dict.fromkeys('block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds s3_keep '
+                        'timeout'.split(), (1, math.inf)),
+        **dict.fromkeys('max_tokens max_rounds round_seconds warmup_rounds outer_lr learning_rate warmup_iters '
+                        'weight_decay grad_clip seed eval_rounds eval_tokens final_eval_tokens'.split(),
+                        (0, math.inf)))
 if not (max_tokens or max_rounds):
     leave('max_tokens and max_rounds are both 0: the run would never end')
 if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}', run_name):
@@ -176,6 +171,7 @@ accumulation, rest = divmod(batch_tokens, block_size * micro_batch_size)
 if rest:
     leave(f'batch_tokens={batch_tokens:,} does not divide: block_size {block_size:,} x micro_batch_size '
           f'{micro_batch_size} = {block_size * micro_batch_size:,} tokens at a time')
+last_token, last_round = max_tokens or math.inf, max_rounds or math.inf
 
 # -- device, data, model, optimizers
 if device == 'auto' and not torch.cuda.is_available():
@@ -193,6 +189,8 @@ val_data = TokenData(data_dir, 'val', block_size)  # its order depends on no kno
 tokenizer = get_tokenizer(train_data.meta['tokenizer'])
 config |= {'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.name,
            'data_sha256': train_data.meta['splits']['train']['sha256']}
+shared = {k: v for k, v in config.items() if k not in PER_MACHINE}
+identity = {k: v for k, v in shared.items() if k not in MAY_CHANGE}
 torch.manual_seed(seed)
 try:
     model_config = FELAConfig(**{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config})
@@ -204,19 +202,17 @@ if compile == 'on' or compile == 'auto' and device_type == 'cuda':
     model.compile_blocks()
 optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay)
 weights = list(model.parameters())
-theta = parameters_to_vector(weights).detach()  # the global model (P,): the same on all workers after each round
+theta = parameters_to_vector(weights).detach()  # the global model (P,): on all workers the same after each round
 momentum = torch.zeros_like(theta)  # of the outer optimizer
 # What all workers know. Data is read in steps: step s is windows s * batch_tokens / block_size ... of the stream.
 # next: the first step that nobody was given; left: steps before it that a slow worker did not do
 run = SimpleNamespace(round=0, tokens=0, next=0, left=[])
-shared = {k: v for k, v in config.items() if k not in PER_MACHINE}
-identity = {k: v for k, v in shared.items() if k not in MAY_CHANGE}
 
 
 @torch.no_grad()
-def fill(tensors, vector):
-    for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors])):
-        tensor.copy_(part.view_as(tensor))
+def load_theta():
+    for p, part in zip(weights, theta.split([p.numel() for p in weights])):
+        p.copy_(part.view_as(p))
 
 
 def inner_state():
@@ -226,7 +222,7 @@ def inner_state():
 
 for p in weights:
     p.grad = torch.zeros_like(p)
-for opt in optimizers:  # a step makes those tensors; the weights that it changes are filled from theta before round 1
+for opt in optimizers:  # a step makes these tensors; load_theta undoes what it does to the weights
     opt.step()
     opt.zero_grad()
 for value in inner_state():
@@ -235,8 +231,8 @@ for value in inner_state():
 
 # -- snapshots
 def snapshot(where, final=False, **losses):
-    state = {'model': model.state_dict(), 'optimizer': [opt.state_dict() for opt in optimizers], 'outer': momentum,
-             'config': config, 'training': vars(run)}
+    state = {'model': model.state_dict(), 'optimizer': [opt.state_dict() for opt in optimizers],
+             'outer': momentum, 'config': config, 'training': vars(run)}
     manifest = {'tokens': run.tokens, 'tokenizer': tokenizer.name, 'losses': losses, 'config': config}
     try:
         return save_checkpoint(where, run.round, state, manifest, final, keep=2)
@@ -247,18 +243,19 @@ def snapshot(where, final=False, **losses):
 def difference(theirs, where, mine):
     """Why their config is of another run, or ''. A field of the model that they do not know has its default."""
     theirs = {f.name: f.default for f in fields(FELAConfig)} | theirs
-    return next((f'{key} is {theirs.get(key)!r} {where} and {value!r} here' for key, value in sorted(mine.items())
-                 if theirs.get(key) != value), '')
+    return next((f'{key} is {theirs.get(key)!r} {where} and {value!r} here'
+                 for key, value in sorted(mine.items()) if theirs.get(key) != value), '')
 
 
-def restore(state, where):
-    if other := difference(state['config'], f'in {where}', identity):
+def restore(folder):
+    state, _ = load_checkpoint(folder)
+    if other := difference(state['config'], f'in {folder}', identity):
         leave(f'{other}: another --run_name (or --out_dir) starts another run')
     model.load_state_dict(state['model'])
     theta.copy_(parameters_to_vector(weights).detach())
     momentum.copy_(state['outer'])
-    for opt, saved in zip(optimizers, state['optimizer']):
-        opt.load_state_dict(saved)
+    for opt, inner in zip(optimizers, state['optimizer']):
+        opt.load_state_dict(inner)
     vars(run).update(state['training'])
 
 
@@ -266,15 +263,14 @@ def fingerprint():
     return hashlib.sha256(torch.cat((theta, momentum)).cpu().numpy()).hexdigest()
 
 
-out_dir, problem = out_dir or os.path.join('out', run_name), ''
-folder = os.path.join(out_dir, f'worker_{local_rank:02}')
-lock_folder(folder)  # a second run in this folder ends here
+out_dir = out_dir or os.path.join('out', run_name)
+folder, problem = os.path.join(out_dir, f'worker_{local_rank:02}'), ''
+lock_folder(folder)  # a second run in it ends here
 logs += [sys.stdout] * (rank == 0) + [open(os.path.join(folder, 'log.txt'), 'a')]
 try:
-    restore(load_checkpoint(folder)[0], folder)
+    restore(folder)
 except CheckpointError:  # another worker may have what is missing or damaged here
     problem = next(glob.iglob(os.path.join(glob.escape(out_dir), '**', 'step_*.json'), recursive=True), '')
-
 
 # -- talking to the other workers
 sent = []  # bytes, by this process
@@ -286,8 +282,8 @@ def together(what):
     try:
         yield
     except (RuntimeError, ValueError) as e:
-        leave(f'worker {rank}, round {run.round + 1}, {what}: another worker is gone, or silent for timeout={timeout:g} s; '
-              f'those present do the round again ({str(e).splitlines()[0][:160]})', 1, retry=True)
+        leave(f'worker {rank}, round {run.round + 1}, {what}: another worker is gone, or silent for timeout='
+              f'{timeout:g} s; those present do the round again ({str(e).splitlines()[0][:160]})', 1, retry=True)
 
 
 def all_reduce(what, tensor, op=dist.ReduceOp.SUM):
@@ -299,21 +295,13 @@ def all_reduce(what, tensor, op=dist.ReduceOp.SUM):
 
 
 def gather(what, value):
-    """[value of worker 0, of worker 1, ...] everywhere. It travels as JSON: what a stranger sends is not executed."""
+    """[value of worker 0, of worker 1, ...] everywhere, as JSON: what a stranger sends is not executed."""
     text = json.dumps(value).encode()
     size = all_reduce(what, torch.tensor(len(text)), dist.ReduceOp.MAX)
     rows = torch.zeros(world, size, dtype=torch.uint8)
     rows[rank] = torch.tensor(list(text.ljust(size)))
     with together(what):
         return [json.loads(bytes(row.tolist())) for row in all_reduce(what, rows)]
-
-
-def take_over(source, mine):
-    """All get the newest round from worker `source`, and whoever lacks it an inner state too: its moments are warm."""
-    vars(run).update(gather('handing over', vars(run))[source])
-    for tensor in (theta, momentum, *inner_state()):
-        with together('handing over'):
-            dist.broadcast(tensor.clone() if mine else tensor, source)
 
 
 # -- S3: <run_name>/step_000120.pt, then its .json, which is what makes it exist: as on disk
@@ -326,21 +314,22 @@ def s3_do(action, name, **kwargs):
 
 
 def s3_names():
-    """Newest round first, and of a round the manifest last."""
+    """Oldest round first, and of each round the manifest first."""
     items = s3.client.list_objects_v2(Bucket=s3_bucket, Prefix=f'{run_name}/step_').get('Contents', [])
     names = (item['Key'].removeprefix(f'{run_name}/') for item in items)
-    return sorted((name for name in names if re.fullmatch(r'step_\d{6}\.(pt|json)', name)), reverse=True)
+    return sorted(name for name in names if re.fullmatch(r'step_\d{6}\.(json|pt)', name))
 
 
 def s3_open(than):
-    """Is this run name ours? If it is newer `than` on any disk, the newest round comes into our folder, and one more."""
+    """Is this run name ours? The two newest rounds, if newer `than` on any disk, come into our folder."""
     try:
         import boto3
         from botocore.config import Config
     except ImportError:
         leave('s3_bucket needs boto3: pip install boto3')
-    s3.client = boto3.client('s3', config=Config(connect_timeout=5, read_timeout=20, retries={
-        'mode': 'adaptive', 'total_max_attempts': 2}, s3={'addressing_style': 'path'}))
+    s3.client = boto3.client('s3', config=Config(
+        connect_timeout=5, read_timeout=20, retries={'mode': 'adaptive', 'total_max_attempts': 2},
+        s3={'addressing_style': 'path'}))
     try:
         theirs = json.load(s3_do('get_object', 'config.json')['Body'])
     except s3.client.exceptions.NoSuchKey:
@@ -350,24 +339,22 @@ def s3_open(than):
         raise CheckpointError(f'run_name={run_name!r} is taken by a run with another config: {other}')
     names = s3_names()
     s3.newest = max((int(name[5:11]) for name in names if int(name[5:11]) <= than), default=0)
-    for name in [name for name in names if int(name[5:11]) > than and not s3_answered.is_set()][:4]:
+    for name in [name for name in names if int(name[5:11]) > than and not s3_answered.is_set()][-4:]:
         s3_do('download_file', name, Filename=os.path.join(folder, name))
         s3.fetched = True
 
 
 def s3_upload(path):
-    """A copy, as a newer snapshot may replace this one meanwhile."""
     name, copy = os.path.basename(path)[:-5], os.path.join(folder, 'upload')
-    for ext in ('.pt', '.json'):
+    for ext in ('.pt', '.json'):  # a newer snapshot may replace this one meanwhile
         shutil.copyfile(path[:-5] + ext, copy + ext)
-    s3_do('delete_object', name + '.json')  # what exists is whole
-    s3_do('upload_file', name + '.pt', Filename=copy + '.pt')
-    if s3_do('head_object', name + '.pt')['ContentLength'] != os.path.getsize(copy + '.pt'):
-        raise CheckpointError(f'{name}.pt did not arrive whole')
-    s3_do('upload_file', name + '.json', Filename=copy + '.json')
+    for ext in ('.pt', '.json'):
+        s3_do('upload_file', name + ext, Filename=copy + ext)
+        if s3_do('head_object', name + ext)['ContentLength'] != os.path.getsize(copy + ext):
+            raise CheckpointError(f'{name}{ext} did not arrive whole')
     s3.newest, names = int(name[5:]), s3_names()
-    kept = sorted(old for old in names if old.endswith('.json') and old[:11] <= name)[-s3_keep:]
-    for old in sorted((old for old in names if old[:11] < kept[0][:11]), key=len, reverse=True):  # .json first
+    first = [old for old in names if old.endswith('.json') and old[:11] <= name][-s3_keep:][0]
+    for old in names[:names.index(first)]:
         s3_do('delete_object', old)
 
 
@@ -383,9 +370,7 @@ def s3_work(than):
             for path in list_checkpoints(folder)[:1]:
                 if int(path[-11:-5]) - s3.newest >= (1 if ending else upload_rounds):
                     s3_upload(path)
-            s3.problem = ''
-            if ending:
-                return
+            s3.problem, chances = '', 0 if ending else chances
         except Exception as e:  # said without secrets, which may be in an endpoint, and in what a server answers
             chances -= ending
             code = getattr(e, 'response', {}).get('Error', {}).get('Code', type(e).__name__)
@@ -401,30 +386,30 @@ if world > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo',
                                 timeout=timedelta(seconds=timeout))
     sys.excepthook = excepthook  # torch has wrapped it, and would swallow the line
-there = gather('forming the group', {'config': shared, 'round': run.round,
-                                     'name': f'worker {rank} ({socket.gethostname()})'})
-newest = max(there, key=lambda w: w['round'])
-if other := difference(newest['config'], f'on {newest["name"]}', shared):
-    leave(f'{other}: all workers need the same')
+there = gather('forming the group', {'config': shared, 'round': run.round})
+newest = max(range(world), key=lambda i: there[i]['round'])
+if other := difference(there[newest]['config'], f'on worker {newest}', shared):
+    leave(f'worker {rank}: {other}: all workers need the same')
 if s3_bucket and rank == 0:
-    s3_thread = threading.Thread(target=s3_work, args=(newest['round'],), daemon=True)
+    s3_thread = threading.Thread(target=s3_work, args=(there[newest]['round'],), daemon=True)
     s3_thread.start()
     s3_answered.wait(timeout / 2)
     s3_answered.set()
     problem = s3.problem
-    if s3.fetched:  # steps back where the newest is damaged
-        restore(load_checkpoint(folder)[0], folder)
+    if s3.fetched:
+        restore(folder)
         say(f'round {run.round} comes from s3://{s3_bucket}/{run_name}')
 there = gather('forming the group', {'round': run.round, 'hash': fingerprint(), 'problem': problem})
-problems = [w['problem'] for w in there if w['problem']]
+problems, hashes = [w['problem'] for w in there if w['problem']], [w['hash'] for w in there]
 if problems and not any(w['round'] for w in there):
-    leave(f'{problems[0]}: there may be rounds that nobody here can go on from; another --run_name starts anew')
-hashes = [w['hash'] for w in there]  # of two versions of the newest round, the one that more workers hold
-source = max(range(world), key=lambda i: (there[i]['round'], hashes.count(hashes[i]), hashes[i], -i))
-if len(set(hashes)) > 1:
-    take_over(source, mine=hashes[rank] == hashes[source])
-fill(weights, theta)
-last_token, last_round = max_tokens or math.inf, max_rounds or math.inf
+    leave(f'{problems[0]}: a run that nobody here can go on with? Another --run_name starts a new one')
+if len(set(hashes)) > 1:  # who lacks the newest round (the version that more workers hold) gets it
+    source = max(range(world), key=lambda i: (there[i]['round'], hashes.count(hashes[i])))
+    vars(run).update(gather('handing over', vars(run))[source])
+    for tensor in (theta, momentum, *inner_state()):  # and an inner state, whose moments are warm
+        with together('handing over'):
+            dist.broadcast(tensor.clone() if hashes[rank] == hashes[source] else tensor, source)
+load_theta()
 
 
 def progress(done=0):
@@ -433,7 +418,7 @@ def progress(done=0):
 
 
 def learning_rate_now(done):
-    """The schedule of train.py, after `done` steps of this round; tokens are counted as if all workers were as fast."""
+    """The schedule of train.py, after `done` steps of this round."""
     if run.round * H + done < warmup_iters:
         return learning_rate * (run.round * H + done + 1) / (warmup_iters + 1)
     warm = max(warmup_iters * world * batch_tokens / last_token, warmup_iters // H / last_round)
@@ -448,8 +433,8 @@ def get_batch(data, position):
 
 
 def diverged(what):
-    leave(f'round {run.round}: {what} is not finite; the snapshots before it are good. Try a smaller learning_rate than '
-          f'{learning_rate} or outer_lr than {outer_lr}, under another --run_name', 1)
+    leave(f'round {run.round}: {what} is not finite; the snapshots before it are good. Try a smaller learning_rate '
+          f'than {learning_rate} or outer_lr than {outer_lr}, under another --run_name', 1)
 
 
 @torch.no_grad()
@@ -467,43 +452,19 @@ def evaluate(tokens):
     return loss, loss / math.log(2) / val_data.bytes_per_token
 
 
-def inner_step(step, lr, plain):
-    """One step of this worker on its step `step` of data -> loss. plain: with the mean gradient of all workers."""
-    for group in (group for opt in optimizers for group in opt.param_groups):
-        group['lr'] = lr * group['lr_scale']
-    loss = 0.0
-    for micro in range(accumulation):
-        with autocast:
-            _, micro_loss = model(*get_batch(train_data, (step * accumulation + micro) * micro_batch_size))
-        (micro_loss / accumulation).backward()
-        loss = loss + micro_loss.detach() / accumulation
-    if plain:
-        grads = [p.grad for p in weights]
-        fill(grads, all_reduce('averaging gradients', parameters_to_vector(grads) / world))
-    norm = clip_grad_norm_(weights, grad_clip or math.inf)
-    for opt in optimizers:
-        if norm.isfinite():  # one bad batch is skipped
-            opt.step()
-        opt.zero_grad()
-    return loss.item()
-
-
 # -- the loop
 state = ('finished: a larger --max_tokens or --max_rounds goes on with it' if progress() >= 1 else
          f'going on from round {run.round}' if run.round else 'from scratch')
-say(f'{model.num_parameters():,} parameters | {world} workers | round: {H} steps of {batch_tokens:,} tokens each | data '
-    f'{data_dir} ({tokenizer.name}) | device {device}, {dtype} ({why}) | {state}')
+say(f'{model.num_parameters():,} parameters | {world} workers | round: {H} steps of {batch_tokens:,} tokens each | '
+    f'data {data_dir} ({tokenizer.name}) | device {device}, {dtype} ({why}) | {state}')
 for line in problems:
     say(f'warning: {line}; going on without it')
 if rank == 0:
-    path, kept = os.path.join(out_dir, 'metrics.jsonl'), []
-    with contextlib.suppress(OSError), open(path, errors='replace') as file:
-        for line in file:
-            try:
-                if json.loads(line)['round'] <= run.round:  # what was lost with the worker that logged it comes again
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                say(f'warning: {path}: a damaged line is left out')
+    path = os.path.join(out_dir, 'metrics.jsonl')
+    with contextlib.suppress(OSError), open(path, errors='replace') as file:  # rounds that were lost come again
+        found = [re.fullmatch(r'{"round": (\d+), [^{}]*}\n', line) for line in file]
+        kept = [match[0] for match in found if match and int(match[1]) <= run.round]
+        say(f'{path}: {len(kept)} of {len(found)} lines are whole and of rounds to go on from')
         write_whole(path, lambda file: file.write(''.join(kept).encode()))
     metrics = open(path, 'a')
 while progress() < 1 and not stopped:
@@ -513,68 +474,86 @@ while progress() < 1 and not stopped:
     fresh = max(0, world * steps - len(run.left))
     dealt = run.left + list(range(run.next, run.next + fresh))
     plain, losses = run.round < warmup_rounds, []
-    for step in dealt[rank * steps:(rank + 1) * steps]:
-        losses.append(inner_step(step, learning_rate_now(len(losses)), plain))
+
+    for step in dealt[rank * steps:(rank + 1) * steps]:  # the inner steps of this worker
+        for group in (group for opt in optimizers for group in opt.param_groups):
+            group['lr'] = learning_rate_now(len(losses)) * group['lr_scale']
+        loss = 0.0
+        for micro in range(accumulation):
+            with autocast:
+                _, micro_loss = model(*get_batch(train_data, (step * accumulation + micro) * micro_batch_size))
+            (micro_loss / accumulation).backward()
+            loss = loss + micro_loss.detach() / accumulation
+        losses.append(loss.item())
+        for p in weights if plain else ():
+            all_reduce('averaging gradients', p.grad.div_(world))
+        norm = clip_grad_norm_(weights, grad_clip or math.inf)
+        for opt in optimizers:
+            if norm.isfinite():  # one bad batch is skipped
+                opt.step()
+            opt.zero_grad()
         if not plain and (stopped or 0 < round_seconds < time.perf_counter() - start):
             break
-    local, good = parameters_to_vector(weights).detach(), [loss for loss in losses if math.isfinite(loss)]
-    good = sum(good) / len(good) if good and local.isfinite().all() else None
-    report = gather('end of the round', {'done': len(losses), 'loss': good, 'seconds': time.perf_counter() - start})
+    local, loss = parameters_to_vector(weights).detach(), torch.tensor(losses).nanmean().item()
+    report = gather('end of the round', {
+        'done': len(losses), 'loss': loss if math.isfinite(loss) and local.isfinite().all() else None,
+        'seconds': time.perf_counter() - start})
     counts = [0 if w['loss'] is None else w['done'] for w in report]
     if not any(counts):
         diverged('the next loss of every worker')
 
     if plain:
         theta.copy_(local)
-    else:
-        pseudo = (theta.double() - local) * (counts[rank] / sum(counts)) if counts[rank] else torch.zeros_like(theta)
+    else:  # in double, so that lr 1 without momentum gives the weights of a single worker to the last bit
+        pseudo = torch.zeros_like(theta)
+        if counts[rank]:
+            pseudo = (theta.double() - local) * (counts[rank] / sum(counts))
         if world > 1:
             wire = torch.bfloat16 if outer_dtype == 'bf16' else torch.float32
             pseudo = all_reduce('averaging pseudo-gradients', pseudo.to(wire))
-        # SGD with Nesterov momentum; in double, so that lr 1 without momentum gives the weights back to the last bit
-        momentum.mul_(outer_momentum).add_(pseudo)
+        momentum.mul_(outer_momentum).add_(pseudo)  # SGD with Nesterov momentum
         theta.copy_(theta.double() - outer_lr * (pseudo.double() + outer_momentum * momentum))
     if not counts[rank]:  # what made the weights of this worker so goes as well
         for value in inner_state():
             value.zero_()
-    fill(weights, theta)
+    load_theta()
     read = {step for i, w in enumerate(report) for step in dealt[i * steps:i * steps + w['done']]}
     run.left, run.next, run.round = sorted(set(dealt) - read), run.next + fresh, run.round + 1
     run.tokens += len(read) * batch_tokens
     hashes = gather('comparing hashes', fingerprint())
     if len(set(hashes)) > 1:
-        leave(f'round {run.round}: theta differs ({", ".join(h[:8] for h in hashes)}); it is done again', 1, retry=True)
+        leave(f'round {run.round}: theta differs ({", ".join(h[:8] for h in hashes)}); done again', 1, retry=True)
     shown = eval_rounds and run.round % eval_rounds == 0 and progress() < 1
     val, bpb = evaluate(eval_tokens if shown else 1)  # what is saved has a finite loss
-
     if run.round % snapshot_rounds == 0 or progress() >= 1 or stopped:
         snapshot(folder)
+
     row = {'round': run.round, 'tokens': run.tokens, 'workers': world, 'done': [w['done'] for w in report],
            'loss': sum(w['loss'] * n for w, n in zip(report, counts) if n) / sum(counts),
-           'seconds': time.perf_counter() - start, 'compute': [w['seconds'] for w in report], 'bytes': sum(sent),
-           'theta': hashes[0], 'uploaded': s3.newest,
-           'read': list(zip(sorted(read - {s + 1 for s in read}), sorted(read - {s - 1 for s in read})))}  # from, to
-    say(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {row["loss"]:.4f} | {world} workers | '
-        f'{len(read) * batch_tokens / row["seconds"]:,.0f} tok/s | compute {max(row["compute"]):.2f} s, communicate '
-        f'{row["seconds"] - max(row["compute"]):.2f} s | theta {hashes[0][:8]} | uploaded round {s3.newest}')
+           'seconds': time.perf_counter() - start, 'compute': [w['seconds'] for w in report],
+           'bytes': sum(sent), 'theta': hashes[0], 'uploaded': s3.newest,
+           'read': list(zip(sorted(read - {s + 1 for s in read}), sorted(read - {s - 1 for s in read})))}
+    say(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {row["loss"]:.4f} | '
+        f'{world} workers | {len(read) * batch_tokens / row["seconds"]:,.0f} tok/s | compute '
+        f'{max(row["compute"]):.2f} s, communicate {row["seconds"] - max(row["compute"]):.2f} s | '
+        f'theta {hashes[0][:8]} | uploaded round {s3.newest}')
     if shown:
         row |= {'val_loss': val, 'val_bpb': bpb}
         say(f'round {run.round:5} | validation loss {val:.4f} | {bpb:.4f} bits per byte')
     if rank == 0:
         say(json.dumps(row), metrics)
 if stopped:
-    leave_stopped()
+    saved.set()
+    time.sleep(60)  # until the thread has ended this process
 
 # -- the end
 loss, bpb = evaluate(final_eval_tokens)
 say(f'{run.round:,} rounds, {run.tokens:,} tokens: validation loss {loss:.4f}, {bpb:.4f} bits per byte')
 if rank == 0:
-    path = snapshot(out_dir, final=True, val=loss, val_bpb=bpb)
-    say(f'saved {path}' if path else 'the last snapshot is not saved')
+    if path := snapshot(out_dir, final=True, val=loss, val_bpb=bpb):
+        say(f'saved {path}')
     if s3_bucket:
         run_ended.set()
         s3_thread.join()
-        say(f'last uploaded round: {s3.newest}' + (f', NOT {run.round}: {s3.problem}' if s3.newest < run.round else ''))
-if world > 1:
-    dist.destroy_process_group()
+        say(f'last uploaded round: {s3.newest} of {run.round} {s3.problem}')
 os._exit(0)  # a reader of the log that has gone would make an orderly exit fail

@@ -1,19 +1,19 @@
 """
-Train one FELA model on many ordinary machines that may come and go: DiLoCo (arXiv:2311.08105), under torchrun.
+Train one FELA model on many ordinary machines that may come and go: DiLoCo (arXiv:2311.08105), with torchrun.
 
-    torchrun --standalone --nproc_per_node=4 train_diloco.py config/diloco_pysrc.py            on one machine
+    torchrun --standalone --nproc_per_node=4 train_diloco.py config/diloco_pysrc.py      on one machine; on ten:
     torchrun --nnodes=10 --node_rank=$RANK --nproc_per_node=1 --master_addr=$MASTER_IP --master_port=29500 \
-        train_diloco.py config/diloco_109m.py --s3_bucket=my-bucket --run_name=cpu_gpt2        on ten, all needed
+        train_diloco.py config/diloco_109m.py --s3_bucket=my-bucket --run_name=cpu_gpt2
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2:10 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
-        --rdzv_id=cpu_gpt2 --max_restarts=1000 --nproc_per_node=1 train_diloco.py ...          that come and go
+        --rdzv_id=cpu_gpt2 --max_restarts=1000 --nproc_per_node=1 train_diloco.py ...    on 2 to 10, that come and go
 
 A round: each worker takes H inner steps on windows of its own; the mean of (theta - its weights), weighted by
 tokens, is the gradient of an outer SGD with Nesterov momentum. Inner optimizer states stay local; a worker that
-joins gets a copy of one. When a worker is lost or joins, torchrun restarts the others: the newest round of which
-anyone has a snapshot wins, and an unfinished round is done again by those present. Losing HOST ends the run; the
+joins gets a copy of one. When a worker is lost or joins, torchrun restarts the others: the newest round that
+anyone has on disk wins, and an unfinished round is done again by those present. Losing HOST ends the run; the
 same command goes on with it. Exit code 2: the input was wrong; 1: a failure, try again.
-Workers exchange numbers, and JSON in tensors. But torchrun unpickles what is in its own c10d rendezvous: nobody
-else may reach that port.
+Workers exchange numbers, and JSON in tensors. But torchrun unpickles what is in its own c10d rendezvous: let
+nobody else reach that port.
 """
 import contextlib
 import glob
@@ -22,8 +22,6 @@ import json
 import math
 import os
 import re
-import select
-import shutil
 import signal
 import sys
 import threading
@@ -96,12 +94,11 @@ compile = 'auto'  # auto, on, off: torch.compile
 PER_MACHINE = 'dataset out_dir device dtype compile micro_batch_size chunk_size timeout'.split()
 MAY_CHANGE = ('max_tokens max_rounds round_seconds eval_rounds eval_tokens final_eval_tokens s3_bucket '
               'snapshot_rounds upload_rounds s3_keep').split()
-logs, stopped, saved = [], [], threading.Event()  # stopped: by which signal; saved: what there was
-
+logs, stopped = [], []  # where lines go; the signal that ends this run
 
 # -- what is said, and how a worker ends
 def say(line, *files):
-    """To rank 0's screen and every worker's log. A reader that has gone or a full disk costs lines, not rounds."""
+    """To rank 0's screen and every worker's log. A reader that has gone or a full disk costs lines only."""
     for file in files or logs:
         with contextlib.suppress(OSError):
             print(line, file=file, flush=True)
@@ -114,7 +111,7 @@ def leave(message, code=2, retry=False):
     with contextlib.suppress(SystemExit, OSError):
         die(' '.join(str(message).split()))
     say(f'error: {message}', *logs[-1:])
-    if 'TORCHELASTIC_RUN_ID' in os.environ and not retry:
+    if 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() > 1 and not retry:
         os.kill(os.getppid(), signal.SIGTERM)
     os._exit(code)  # a broken process group can make an orderly exit hang
 
@@ -129,16 +126,14 @@ def excepthook(kind, error, trace):
     os._exit(1)
 
 
-def watch():
-    """A thread, as Python's own handlers wait while the main thread waits for other workers. After a signal the
-    round ends with the steps that are done; if that takes too long, the worker leaves before torchrun kills it."""
-    while not select.select([signals], [], [], 1)[0]:
-        if 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != parent:
-            leave(f'worker {rank}: torchrun is gone, and with it whoever would start this one again', 1, retry=True)
-    stopped.append(os.read(signals, 1)[0])
-    saved.wait(20)
+def on_signal(number, frame):
+    """The round ends with the steps that are done. If that takes too long, the worker leaves without, before
+    torchrun kills it."""
+    if number != signal.SIGALRM:
+        stopped.append(number)
+        return signal.alarm(20)
     name = signal.Signals(stopped[0]).name
-    say(f'worker {rank}: stopped by {name}; the same command goes on from the newest snapshot', sys.stderr, *logs[-1:])
+    say(f'worker {rank}: stopped by {name}; the same command goes on from the newest snapshot', sys.stderr)
     os._exit(128 + stopped[0])
 
 
@@ -148,12 +143,9 @@ config = configure(globals())
 globals().update(config)
 rank, local_rank, world = (int(os.environ.get(*item)) for item in
                            (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-parent, (signals, wake) = os.getppid(), os.pipe()
-os.set_blocking(wake, False)
-signal.set_wakeup_fd(wake)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda *_: None)
-threading.Thread(target=watch, daemon=True).start()
+parent = os.getppid()
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+    signal.signal(number, on_signal)
 
 # -- check the knobs
 require(config, optimizer='adamw muon', schedule='cosine wsd constant', outer_dtype='fp32 bf16',
@@ -289,7 +281,10 @@ def together(what):
 def all_reduce(what, tensor, op=dist.ReduceOp.SUM):
     if world > 1:
         with together(what):
-            dist.all_reduce(tensor, op)
+            work = dist.all_reduce(tensor, op, async_op=True)
+            while not work.is_completed():
+                time.sleep(0.001)  # Python runs signal handlers here, and not inside of wait()
+            work.wait()
         sent.append(tensor.nbytes)
     return tensor
 
@@ -305,79 +300,73 @@ def gather(what, value):
 
 
 # -- S3: <run_name>/step_000120.pt, then its .json, which is what makes it exist: as on disk
-s3 = SimpleNamespace(client=None, newest=0, fetched=False, problem=f's3_bucket={s3_bucket!r} does not answer')
-s3_answered, run_ended = threading.Event(), threading.Event()
+class S3(threading.Thread):
+    """Of rank 0. Whatever S3 does, training goes on."""
+    newest, fetched, problem = 0, False, f's3_bucket={s3_bucket!r} does not answer'
 
+    def __init__(self, than):
+        super().__init__(daemon=True)
+        self.than, self.answered, self.closing = than, threading.Event(), threading.Event()
+        self.start()
 
-def s3_do(action, name, **kwargs):
-    return getattr(s3.client, action)(Bucket=s3_bucket, Key=f'{run_name}/{name}', **kwargs)
+    def keys(self):
+        """Oldest round first, and of each round the manifest first."""
+        keys = (item.key for item in self.bucket.objects.filter(Prefix=f'{run_name}/step_'))
+        return sorted(key for key in keys if re.fullmatch(r'.*/step_\d{6}\.(json|pt)', key))
 
-
-def s3_names():
-    """Oldest round first, and of each round the manifest first."""
-    items = s3.client.list_objects_v2(Bucket=s3_bucket, Prefix=f'{run_name}/step_').get('Contents', [])
-    names = (item['Key'].removeprefix(f'{run_name}/') for item in items)
-    return sorted(name for name in names if re.fullmatch(r'step_\d{6}\.(json|pt)', name))
-
-
-def s3_open(than):
-    """Is this run name ours? The two newest rounds, if newer `than` on any disk, come into our folder."""
-    try:
-        import boto3
-        from botocore.config import Config
-    except ImportError:
-        leave('s3_bucket needs boto3: pip install boto3')
-    s3.client = boto3.client('s3', config=Config(
-        connect_timeout=5, read_timeout=20, retries={'mode': 'adaptive', 'total_max_attempts': 2},
-        s3={'addressing_style': 'path'}))
-    try:
-        theirs = json.load(s3_do('get_object', 'config.json')['Body'])
-    except s3.client.exceptions.NoSuchKey:
-        s3_do('put_object', 'config.json', Body=json.dumps(identity, indent=1), IfNoneMatch='*')
-        theirs = identity
-    if other := difference(theirs, 'there', identity):
-        raise CheckpointError(f'run_name={run_name!r} is taken by a run with another config: {other}')
-    names = s3_names()
-    s3.newest = max((int(name[5:11]) for name in names if int(name[5:11]) <= than), default=0)
-    for name in [name for name in names if int(name[5:11]) > than and not s3_answered.is_set()][-4:]:
-        s3_do('download_file', name, Filename=os.path.join(folder, name))
-        s3.fetched = True
-
-
-def s3_upload(path):
-    name, copy = os.path.basename(path)[:-5], os.path.join(folder, 'upload')
-    for ext in ('.pt', '.json'):  # a newer snapshot may replace this one meanwhile
-        shutil.copyfile(path[:-5] + ext, copy + ext)
-    for ext in ('.pt', '.json'):
-        s3_do('upload_file', name + ext, Filename=copy + ext)
-        if s3_do('head_object', name + ext)['ContentLength'] != os.path.getsize(copy + ext):
-            raise CheckpointError(f'{name}{ext} did not arrive whole')
-    s3.newest, names = int(name[5:]), s3_names()
-    first = [old for old in names if old.endswith('.json') and old[:11] <= name][-s3_keep:][0]
-    for old in names[:names.index(first)]:
-        s3_do('delete_object', old)
-
-
-def s3_work(than):
-    """A thread of rank 0: whatever S3 does, training goes on."""
-    opened, chances = False, 2  # to fail at the end of the run
-    while chances:
-        ending = run_ended.is_set()
+    def open(self):
+        """Is this run name ours? The two newest rounds, if newer `than` on any disk, come into our folder."""
         try:
-            if not opened:
-                s3_open(than)
-                opened = True
-            for path in list_checkpoints(folder)[:1]:
-                if int(path[-11:-5]) - s3.newest >= (1 if ending else upload_rounds):
-                    s3_upload(path)
-            s3.problem, chances = '', 0 if ending else chances
-        except Exception as e:  # said without secrets, which may be in an endpoint, and in what a server answers
-            chances -= ending
-            code = getattr(e, 'response', {}).get('Error', {}).get('Code', type(e).__name__)
-            s3.problem = f's3_bucket={s3_bucket!r}: {e if isinstance(e, CheckpointError) else code}'
-            say(f'warning: {s3.problem}; it is tried again')
-        s3_answered.set()
-        run_ended.wait(5 if s3.problem else 0.5)
+            import boto3
+            from botocore.config import Config
+        except ImportError:
+            leave('s3_bucket needs boto3: pip install boto3')
+        self.bucket = boto3.resource('s3', config=Config(
+            connect_timeout=5, read_timeout=20, retries={'mode': 'adaptive', 'total_max_attempts': 2},
+            s3={'addressing_style': 'path'})).Bucket(s3_bucket)
+        claim = self.bucket.Object(f'{run_name}/config.json')
+        with contextlib.suppress(self.bucket.meta.client.exceptions.ClientError):  # it is there
+            claim.put(Body=json.dumps(identity, indent=1), IfNoneMatch='*')
+        if other := difference(json.load(claim.get()['Body']), 'there', identity):
+            raise CheckpointError(f'run_name={run_name!r} is taken by a run with another config: {other}')
+        rounds = {key: int(re.search(r'(\d+)\.\w+$', key)[1]) for key in self.keys()}
+        self.newest = max((n for n in rounds.values() if n <= self.than), default=0)
+        for key in [key for key in rounds if rounds[key] > self.than and not self.answered.is_set()][-4:]:
+            self.bucket.download_file(key, os.path.join(folder, os.path.basename(key)))
+            self.fetched = True
+
+    def upload(self, path):
+        key = f'{run_name}/{os.path.basename(path)[:-5]}'
+        with open(path[:-5] + '.pt', 'rb') as state, open(path, 'rb') as manifest:
+            size = os.fstat(state.fileno()).st_size
+            self.bucket.upload_fileobj(state, key + '.pt')
+            if self.bucket.Object(key + '.pt').content_length != size:
+                raise CheckpointError(f'{key}.pt did not arrive whole')
+            self.bucket.upload_fileobj(manifest, key + '.json')
+        self.newest, keys = int(key[-6:]), self.keys()
+        first = [old for old in keys if old.endswith('.json') and old[:-5] <= key][-s3_keep:][0]
+        for old in keys[:keys.index(first)]:
+            self.bucket.Object(old).delete()
+
+    def run(self):
+        opened, chances = False, 2  # to fail at the end of the run
+        while chances:
+            ending = self.closing.is_set()
+            try:
+                if not opened:
+                    self.open()
+                    opened = True
+                for path in list_checkpoints(folder)[:1]:
+                    if int(path[-11:-5]) - self.newest >= (1 if ending else upload_rounds):
+                        self.upload(path)
+                self.problem, chances = '', 0 if ending else chances
+            except Exception as e:  # said without secrets, which may be in an endpoint or in what a server says
+                chances -= ending
+                code = getattr(e, 'response', {}).get('Error', {}).get('Code', type(e).__name__)
+                self.problem = f's3_bucket={s3_bucket!r}: {e if isinstance(e, CheckpointError) else code}'
+                say(f'warning: {self.problem}; it is tried again')
+            self.answered.set()
+            self.closing.wait(5 if self.problem else 0.5)
 
 
 # -- form the group: the same config everywhere, and the newest round that anyone holds
@@ -390,11 +379,10 @@ there = gather('forming the group', {'config': shared, 'round': run.round})
 newest = max(range(world), key=lambda i: there[i]['round'])
 if other := difference(there[newest]['config'], f'on worker {newest}', shared):
     leave(f'worker {rank}: {other}: all workers need the same')
-if s3_bucket and rank == 0:
-    s3_thread = threading.Thread(target=s3_work, args=(there[newest]['round'],), daemon=True)
-    s3_thread.start()
-    s3_answered.wait(timeout / 2)
-    s3_answered.set()
+s3 = S3(than=there[newest]['round']) if s3_bucket and rank == 0 else None
+if s3:
+    s3.answered.wait(timeout / 2)
+    s3.answered.set()
     problem = s3.problem
     if s3.fetched:
         restore(folder)
@@ -476,6 +464,8 @@ while progress() < 1 and not stopped:
     plain, losses = run.round < warmup_rounds, []
 
     for step in dealt[rank * steps:(rank + 1) * steps]:  # the inner steps of this worker
+        if 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != parent:
+            leave(f'worker {rank}: torchrun is gone, and with it whoever would start this one again', 1, retry=True)
         for group in (group for opt in optimizers for group in opt.param_groups):
             group['lr'] = learning_rate_now(len(losses)) * group['lr_scale']
         loss = 0.0
@@ -531,20 +521,19 @@ while progress() < 1 and not stopped:
     row = {'round': run.round, 'tokens': run.tokens, 'workers': world, 'done': [w['done'] for w in report],
            'loss': sum(w['loss'] * n for w, n in zip(report, counts) if n) / sum(counts),
            'seconds': time.perf_counter() - start, 'compute': [w['seconds'] for w in report],
-           'bytes': sum(sent), 'theta': hashes[0], 'uploaded': s3.newest,
+           'bytes': sum(sent), 'theta': hashes[0], 'uploaded': s3 and s3.newest,
            'read': list(zip(sorted(read - {s + 1 for s in read}), sorted(read - {s - 1 for s in read})))}
     say(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {row["loss"]:.4f} | '
         f'{world} workers | {len(read) * batch_tokens / row["seconds"]:,.0f} tok/s | compute '
         f'{max(row["compute"]):.2f} s, communicate {row["seconds"] - max(row["compute"]):.2f} s | '
-        f'theta {hashes[0][:8]} | uploaded round {s3.newest}')
+        f'theta {hashes[0][:8]}' + (f' | uploaded round {s3.newest}' if s3 else ''))
     if shown:
         row |= {'val_loss': val, 'val_bpb': bpb}
         say(f'round {run.round:5} | validation loss {val:.4f} | {bpb:.4f} bits per byte')
     if rank == 0:
         say(json.dumps(row), metrics)
 if stopped:
-    saved.set()
-    time.sleep(60)  # until the thread has ended this process
+    on_signal(signal.SIGALRM, None)
 
 # -- the end
 loss, bpb = evaluate(final_eval_tokens)
@@ -552,8 +541,8 @@ say(f'{run.round:,} rounds, {run.tokens:,} tokens: validation loss {loss:.4f}, {
 if rank == 0:
     if path := snapshot(out_dir, final=True, val=loss, val_bpb=bpb):
         say(f'saved {path}')
-    if s3_bucket:
-        run_ended.set()
-        s3_thread.join()
+    if s3:
+        s3.closing.set()
+        s3.join()
         say(f'last uploaded round: {s3.newest} of {run.round} {s3.problem}')
 os._exit(0)  # a reader of the log that has gone would make an orderly exit fail

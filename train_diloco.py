@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
 import configurator
-from configurator import configure, die, lock_folder, pick_device, require, write_whole
+from configurator import configure, die, find_ranks, lock_folder, pick_device, require, write_whole
 from model import FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, save_checkpoint
 from prepare import DataError, TokenData, ensure_pysrc, get_tokenizer
 
@@ -90,12 +90,6 @@ device = 'auto'  # auto, cpu, cuda (one GPU per worker)
 dtype = 'auto'  # auto, float32, bfloat16: of matrix products; weights stay float32
 compile = 'auto'  # auto, on, off: torch.compile
 
-# knobs that may differ between machines, and knobs that may change when a run goes on
-PER_MACHINE = 'dataset out_dir device dtype compile micro_batch_size chunk_size timeout'.split()
-MAY_CHANGE = ('max_tokens max_rounds round_seconds eval_rounds eval_tokens final_eval_tokens s3_bucket '
-              'snapshot_rounds upload_rounds s3_keep').split()
-logs, stopped = [], []  # where lines go; the signal that ends this run
-
 # -- what is said, and how a worker ends
 def say(line, *files):
     """To rank 0's screen and every worker's log. A reader that has gone or a full disk costs lines only."""
@@ -106,13 +100,13 @@ def say(line, *files):
 
 def leave(message, code=2, retry=False):
     """End this worker with one line. Unless a retry may help, torchrun is told not to start it again."""
-    if int(os.environ.get('LOCAL_RANK', 0)) and not retry:
+    if local_rank and not retry:
         time.sleep(10)  # worker 0 of this machine says it first, and torchrun ends this one
     with contextlib.suppress(SystemExit, OSError):
         die(' '.join(str(message).split()))
     say(f'error: {message}', *logs[-1:])
-    if 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() > 1 and not retry:
-        os.kill(os.getppid(), signal.SIGTERM)
+    if torchrun and not retry:
+        os.kill(torchrun, signal.SIGTERM)
     os._exit(code)  # a broken process group can make an orderly exit hang
 
 
@@ -137,24 +131,26 @@ def on_signal(number, frame):
     os._exit(128 + stopped[0])
 
 
+# knobs that may differ between machines, and knobs that may change when a run goes on
+PER_MACHINE = 'dataset out_dir device dtype compile micro_batch_size chunk_size timeout'.split()
+MAY_CHANGE = ('max_tokens max_rounds round_seconds eval_rounds eval_tokens final_eval_tokens s3_bucket '
+              'snapshot_rounds upload_rounds s3_keep').split()
+rank, local_rank, world, _ = find_ranks()
+torchrun = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
+logs, stopped = [], []  # where lines go; the signal that ends this run
 sys.excepthook = excepthook
 configurator.die = leave  # what configure, require or pick_device refuses ends a worker like anything else
 config = configure(globals())
 globals().update(config)
-rank, local_rank, world = (int(os.environ.get(*item)) for item in
-                           (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-parent = os.getppid()
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
     signal.signal(number, on_signal)
 
 # -- check the knobs
-require(config, optimizer='adamw muon', schedule='cosine wsd constant', outer_dtype='fp32 bf16',
-        compile='auto on off', dtype='auto float32 bfloat16', outer_momentum=(0, 1), min_lr_frac=(0, 1),
-        **dict.fromkeys('block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds s3_keep '
-                        'timeout'.split(), (1, math.inf)),
-        **dict.fromkeys('max_tokens max_rounds round_seconds warmup_rounds outer_lr learning_rate warmup_iters '
-                        'weight_decay grad_clip seed eval_rounds eval_tokens final_eval_tokens'.split(),
-                        (0, math.inf)))
+require(config, **{key: (0, math.inf) for key, value in config.items() if not isinstance(value, str)})
+require(config, **dict.fromkeys('block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds s3_keep '
+                                'timeout'.split(), (1, math.inf)), outer_momentum=(0, 1), min_lr_frac=(0, 1),
+        optimizer='adamw muon', schedule='cosine wsd constant', outer_dtype='fp32 bf16', compile='auto on off',
+        dtype='auto float32 bfloat16')
 if not (max_tokens or max_rounds):
     leave('max_tokens and max_rounds are both 0: the run would never end')
 if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}', run_name):
@@ -223,6 +219,7 @@ for value in inner_state():
 
 # -- snapshots
 def snapshot(where, final=False, **losses):
+    lock_folder(folder)  # where it was removed meanwhile, another run may have it
     state = {'model': model.state_dict(), 'optimizer': [opt.state_dict() for opt in optimizers],
              'outer': momentum, 'config': config, 'training': vars(run)}
     manifest = {'tokens': run.tokens, 'tokenizer': tokenizer.name, 'losses': losses, 'config': config}
@@ -464,7 +461,7 @@ while progress() < 1 and not stopped:
     plain, losses = run.round < warmup_rounds, []
 
     for step in dealt[rank * steps:(rank + 1) * steps]:  # the inner steps of this worker
-        if 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != parent:
+        if torchrun and os.getppid() != torchrun:
             leave(f'worker {rank}: torchrun is gone, and with it whoever would start this one again', 1, retry=True)
         for group in (group for opt in optimizers for group in opt.param_groups):
             group['lr'] = learning_rate_now(len(losses)) * group['lr_scale']

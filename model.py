@@ -6,11 +6,10 @@ Blocks with two kinds of mixer alternate, three to one (pattern 'SSSL'); a third
     L  GLA: gated linear attention, a recurrent state of H x K x V numbers. Chunks over a sequence.
     A  softmax attention with rotary positions and a KV cache, for comparisons and hybrids.
 Letters in shape comments:
-    B batch   T time   C channels (n_embd)   M taps (n_modes)   N inputs in a row of a filter   n chunks or blocks
+    B batch   T time   C channels (n_embd)   M taps (n_modes)   N = M + T inputs of a filter   n chunks or blocks
     H heads   K key width of a head   V value width of a head   c tokens in a chunk
 Papers: FELA (ACML 2026); Fourier Neural Operator (Li et al. 2021); GLA (Yang et al. 2024, arXiv:2312.06635);
-overlap-save (Oppenheim & Schafer, ch. 8); SwiGLU (Shazeer 2020); RoPE (Su et al. 2021); Muon (Jordan 2024).
-
+SwiGLU (Shazeer 2020); RoPE (Su et al. 2021); Muon (Jordan 2024).
 To add a mixer, write a class like FNOMixer and give it a letter in MIXERS; nothing else has to know of it.
 """
 
@@ -67,13 +66,13 @@ def causal_fir(x, taps, past=None):
     """y[b,t,c] = sum_{j<M} taps[j,c] x[b,t-j,c]: a filter of M taps for every channel.
 
     x (B,T,C); taps (M,C); past (B,M-1,C): the inputs just before x, None means zeros. Returns y like x.
-    By FFT in fp32 (fp64 for fp64 taps), O(T log M); in bf16 on a GPU by matrix products, faster there."""
+    By FFT in fp32 (fp64 for fp64 taps), O(T log T); in bf16 on a GPU by matrix products, faster there."""
     if x.dim() != 3 or taps.dim() != 2 or taps.shape[1] != x.shape[2]:
         raise ValueError(f'expected x (B,T,C) and taps (M,C), got {tuple(x.shape)} and {tuple(taps.shape)}')
     (B, T, C), M = x.shape, len(taps)
     past = x.new_zeros(B, M, C) if past is None else F.pad(past.to(x.dtype), (0, 0, 1, 0))  # the first is not used
     if past.shape != (B, M, C):
-        raise ValueError(f'expected past (B,M-1,C) = {(B, M - 1, C)}, got {(B, past.shape[1] - 1, *past.shape[2:])}')
+        raise ValueError(f'expected past (B,M-1,C) = {(B, M - 1, C)}, got {past.shape[1] - 1} inputs before x')
     # products are compiled for every length: those of training, and of prefill in segments
     products = x.is_cuda and x.dtype == torch.bfloat16 and M % BLOCK == T % (8 * BLOCK) == 0
     dtype = x.dtype if products else torch.promote_types(taps.dtype, torch.float32)
@@ -116,13 +115,13 @@ def fft_fir(x, taps):
 def fft_gradients(x, taps, dy):
     M = taps.shape[1]
     n, X, H, D = spectra(x, taps.unsqueeze(1), F.pad(dy, (M, 0)))
-    dx, dtaps = torch.fft.irfft(D * H.conj(), n)[..., :x.shape[2]], torch.fft.irfft((D * X.conj()).sum(1), n)[:, :M]
-    return dx.contiguous(), dtaps.contiguous()
+    dx, dtaps = torch.fft.irfft(D * H.conj(), n), torch.fft.irfft((D * X.conj()).sum(1), n)
+    return dx[..., :x.shape[2]].contiguous(), dtaps[:, :M].contiguous()
 
 
-# m outputs in a row depend on M+m inputs, so all n blocks of outputs are windows (C,n,M+m) @ band (C,M+m,m), views
-# of inputs and taps that overlap themselves. Products written by torch.compile read them as they are; cuBLAS would
-# have them copied, M/m times larger.
+# m outputs in a row depend on M+m inputs, so all n blocks of outputs are windows (C,n,M+m) @ band (C,M+m,m),
+# views of inputs and taps that overlap themselves. Products written by torch.compile read them as they are; cuBLAS
+# would have them copied, M/m times larger.
 BLOCK = 64  # m
 
 
@@ -134,8 +133,8 @@ def compiled(f, cuda):
 
 def windows_of(x, M, m=BLOCK):
     """x (C,B,N), its rows as one line -> (C,(B N - M)/m,M+m)"""
-    line = x.shape[1] * x.shape[2]
-    return x.as_strided((len(x), (line - M) // m, M + m), (line, m, 1))
+    C, line = len(x), x[0].numel()
+    return x.as_strided((C, (line - M) // m, M + m), (line, m, 1))
 
 
 def products_fir(x, taps, m=BLOCK):
@@ -148,8 +147,8 @@ def products_fir(x, taps, m=BLOCK):
 
 
 def products_gradients(x, taps, dy, m=BLOCK):
-    """That of x is the filter run backwards in time. For that of taps, output a of a block meets input i = M + a - j
-    of its window: a tap is a diagonal of all pairs."""
+    """That of x is the filter run backwards in time. For that of taps, output a of a block meets input
+    i = M + a - j of its window: a tap is a diagonal of all pairs."""
     C, M = taps.shape
     line = F.pad(dy, (0, M)).flatten(1)  # (C,B N)
     dx = products_fir(F.pad(line, (M + 1, -1)).unsqueeze(1), taps.flip(1)).view(x.shape)
@@ -206,13 +205,13 @@ def gla_chunks(q, k, v, g, S, c, block):
 
 
 def gla_inside(q, k, v, b, block):
-    """o_t = sum_{j<=t} (q_t e^(b_t - b_j) k_j^T) v_j among the c tokens of a chunk, q (...,c,K), v (...,c,V)"""
+    """o_t = sum_{j<=t} (q_t e^(b_t - b_j) k_j^T) v_j among the c tokens of chunks, q (...,c,K), v (...,c,V)"""
     c = b.shape[-2]
     if c <= block:  # the decay is factored about the middle, where neither factor overflows
         middle = b[..., (c - 1) // 2, None, :]
         scores = (q * (b - middle).exp()) @ (k * (middle - b).exp()).mT
-        return scores.tril().to(v.dtype) @ v  # scores in fp32: in the gradient of the gates nearly all cancels
-    # two halves; the second also sees the first, with decays from the border between them, where both are <= 1
+        return scores.tril().to(v.dtype) @ v  # fp32 until here: in the gates' gradient nearly all cancels
+    # Of two halves the second also sees the first. Decays are from the border between them, where both are <= 1.
     q, k, v, b = (t.unflatten(-2, (2, -1)) for t in (q, k, v, b))
     o1, o2 = gla_inside(q, k, v, b, block).unbind(-3)
     (_, q2), (k1, _), (v1, _), (b1, b2) = (t.unbind(-3) for t in (q, k, v, b))
@@ -221,9 +220,19 @@ def gla_inside(q, k, v, b, block):
     return torch.cat((o1, o2 + (q2 @ k1.mT) @ v1), -2)
 
 
+# -- mixers
+
+def projections(width, *outputs):
+    """A Linear of several projections, whose matrices stand one above the other: Muon takes each by itself"""
+    linear = nn.Linear(width, sum(outputs), bias=False)
+    linear.parts = len(outputs)
+    return linear
+
+
 class Mixer(nn.Module):
-    """What a block and the model ask of a mixer: `forward` over a sequence, `step` over one token (B,1,C), state in,
-    state out (None: none is wanted). A state is two tuples: tensors with a row for each row of the batch; the rest."""
+    """What a block and the model ask of a mixer: `forward` over a sequence, `step` over one token (B,1,C), state
+    in, state out (None: none is wanted). A state is two tuples: tensors with a row for each row of the batch, and
+    the rest. Besides `init_state(batch_size)`:"""
     filters = ()  # names of parameters of two dimensions that are no matrices: no weight decay, no Muon
 
     def init_weights(self):
@@ -247,9 +256,7 @@ class FNOMixer(Mixer):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.in_proj = nn.Linear(C, 2 * C, bias=False)  # u, z
-        self.in_proj.parts = 2
-        self.out_proj = nn.Linear(C, C, bias=False)
+        self.in_proj, self.out_proj = projections(C, C, C), projections(C, C)  # u, z
         self.taps = nn.Parameter(torch.empty(config.n_modes, C))
         self.direct = nn.Parameter(torch.empty(C))
 
@@ -305,12 +312,9 @@ class GLAMixer(Mixer):
         super().__init__()
         C = config.n_embd
         self.n_head, self.chunk_size, self.memory = config.gla_heads, config.chunk_size, config.n_modes
-        self.in_proj = nn.Linear(C, 4 * C, bias=False)  # q, k, v, z
-        self.in_proj.parts = 4
+        self.in_proj, self.out_proj = projections(C, C, C, C, C), projections(C, C)  # q, k, v, z
         self.short_taps = nn.Parameter(torch.empty(self.width, 3 * C))
-        self.decay_down = nn.Linear(C, self.rank, bias=False)
-        self.decay_up = nn.Linear(self.rank, C)
-        self.out_proj = nn.Linear(C, C, bias=False)
+        self.decay_down, self.decay_up = projections(C, self.rank), nn.Linear(self.rank, C)
         # A first token's output is v (q.k): normalised, the sign of q.k, whose gradient is a spike.
         # eps, 1% of that output's variance at initialisation if silu(x) were x / 2, keeps it low.
         self.eps = 0.01 * (C // self.n_head) * (0.02 ** 2 * C / 4) ** 3
@@ -353,25 +357,24 @@ class GLAMixer(Mixer):
 
 class AttentionMixer(Mixer):
     """A, the baseline: causal softmax attention with rotary positions.
-    State, the KV cache: k and v (B,H,capacity,K); the tokens in it, a number, or after make_room() a tensor (1,), so
-    that all steps are one program."""
+    State, the KV cache: k and v (B,H,capacity,K); the tokens in it, a number, or after make_room() a tensor
+    (1,), so that all steps are one program."""
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.in_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # q, k, v
-        self.in_proj.parts = 3
-        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        C, self.n_head = config.n_embd, config.n_head
+        self.in_proj, self.out_proj = projections(C, C, C, C), projections(C, C)  # q, k, v
 
     def flops(self, T):
         return 2 * T * self.out_proj.in_features  # T / 2 tokens are seen on average, as keys and as values
 
     def init_state(self, batch_size):
         w, H = self.out_proj.weight, self.n_head
-        return (w.new_zeros(batch_size, H, 0, len(w) // H), w.new_zeros(batch_size, H, 0, len(w) // H)), (0,)
+        return tuple(w.new_zeros(2, batch_size, H, 0, len(w) // H)), (0,)
 
     def make_room(self, state, tokens):
         caches, (n,) = state
-        return tuple(F.pad(cache, (0, 0, 0, tokens)) for cache in caches), (caches[0].new_full((1,), int(n), dtype=torch.long),)
+        position = torch.full((1,), int(n), device=caches[0].device)
+        return tuple(F.pad(cache, (0, 0, 0, tokens)) for cache in caches), (position,)
 
     def forward(self, x, state=None):
         (B, T, C), K = x.shape, x.shape[2] // self.n_head
@@ -404,9 +407,7 @@ class MLP(nn.Module):
     """SwiGLU (Shazeer 2020)"""
     def __init__(self, C, hidden):
         super().__init__()
-        self.in_proj = nn.Linear(C, 2 * hidden, bias=False)  # gate, value
-        self.in_proj.parts = 2
-        self.out_proj = nn.Linear(hidden, C, bias=False)
+        self.in_proj, self.out_proj = projections(C, hidden, hidden), projections(hidden, C)  # gate, value
 
     def forward(self, x):
         gate, value = self.in_proj(x).chunk(2, -1)
@@ -454,11 +455,12 @@ class FELA(nn.Module):
             if isinstance(module, nn.LayerNorm):
                 module.weight.fill_(1)
             elif isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(std=0.02 / math.sqrt(2 * len(self.blocks)) if 'out_proj' in name else 0.02)
+                small = 2 * len(self.blocks) if 'out_proj' in name else 1
+                module.weight.normal_(std=0.02 / math.sqrt(small))
         for block in self.blocks:
             block.mixer.init_weights()
         for name, p in self.named_parameters():
-            assert p.is_meta or p.isfinite().all(), f'{name} is not initialised: by the init_weights of its mixer?'
+            assert p.is_meta or p.isfinite().all(), f'{name}: its mixer does not initialise it'
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
@@ -477,7 +479,7 @@ class FELA(nn.Module):
             for n, p in module.named_parameters(recurse=False):
                 kind = ('embedding' if module is self.embedding else 'vectors' if p.dim() == 1 else
                         'filters' if n in getattr(module, 'filters', ()) else 'matrices')
-                assert kind != 'matrices' or isinstance(module, nn.Linear), f'{path}.{n}: not in `filters` of its mixer'
+                assert kind != 'matrices' or isinstance(module, nn.Linear), f'{path}.{n}: a matrix, or in filters?'
                 groups.setdefault((kind, getattr(module, 'parts', 1)), []).append(p)
         for (kind, parts), params in groups.items():
             wide = kind in ('matrices', 'embedding')
@@ -517,7 +519,7 @@ class FELA(nn.Module):
         x, _ = self.hidden(self.embedding(idx))
         if targets is None:
             return self.logits(x), None
-        rows = 8192 if x.is_cuda else 2048  # at once, as logits are large; only if they fit a few GB are all kept
+        rows = 8192 if x.is_cuda else 2048  # at once, as logits are large; all are kept if a few GB hold them
         losses = self.losses if targets.numel() * self.config.vocab_size < 2 ** 30 else recompute(self.losses)
         parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows))
         loss = torch.cat([losses(*part) for part in parts]).view_as(targets)
@@ -556,8 +558,8 @@ class FELA(nn.Module):
 
     @torch.inference_mode()
     def capture_step(self, idx, state):
-        """step(idx, state) as one CUDA graph, some 300 kernels started at once, over its own copy of a state that has
-        room for A layers"""
+        """step(idx, state) as one CUDA graph, some 300 kernels started at once, over its own copy of a state, that
+        of A with room"""
         idx, state = idx.clone(), repeat_state(state, 1)
         with torch.cuda.stream(torch.cuda.Stream(idx.device)):  # warm up where nothing is captured
             self.step(idx, repeat_state(state, 1))
@@ -607,8 +609,8 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def repeat_state(state, n):
     """A copy of the state with every row n times"""
-    return [(tuple(t.repeat_interleave(n, 0) for t in rows), tuple(t.clone() if torch.is_tensor(t) else t for t in rest))
-            for rows, rest in state]
+    return [(tuple(t.repeat_interleave(n, 0) for t in rows),
+             tuple(t.clone() if torch.is_tensor(t) else t for t in rest)) for rows, rest in state]
 
 
 class Muon(torch.optim.Optimizer):
@@ -732,7 +734,8 @@ def load_model(path, device='cpu', **overrides):
         raise CheckpointError(f'{path} is of the first edition of FELA (commit 710124b), another model')
     try:
         with torch.device(device):
-            model = FELA(FELAConfig(**{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config}))
+            known = {f.name: config[f.name] for f in fields(FELAConfig) if f.name in config}
+            model = FELA(FELAConfig(**known))
         model.load_state_dict(state['model'])
     except (ValueError, TypeError, RuntimeError) as e:
         raise CheckpointError(f'{path} does not fit its config: {" ".join(str(e).split())[:160]}') from None

@@ -61,8 +61,8 @@ def forge(folder, number, **changes):
 def test_round_trip(tmp_path):
     path = save(tmp_path, 5, 1.5)
     assert sorted(os.listdir(tmp_path)) == ['step_000005.json', 'step_000005.pt'] and path.endswith('step_000005.pt')
-    for source in (tmp_path, path, path[:-3] + '.json'):
-        got, manifest = load_checkpoint(str(source))
+    for source in (str(tmp_path), path, path[:-3] + '.json'):
+        got, manifest = load_checkpoint(source)
         assert torch.equal(got.pop('model')['w'], state(5)['model']['w']) and state(5, model=0) == got | {'model': 0}
         assert (manifest['step'], manifest['losses'], manifest['final']) == (5, {'val': 1.5}, False)
     save(tmp_path, 5, final=True)
@@ -95,13 +95,14 @@ def test_retention_keeps_the_last_and_the_best(tmp_path):
     assert steps(tmp_path) == [8, 9]
 
 
-def test_kill_before_each_line(tmp_path):
+def test_kill_before_each_line(tmp_path, monkeypatch):
     """kill -9 in saving and retention: the new checkpoint or the one before, the best one always; the next clears up."""
+    monkeypatch.setattr(os, 'fsync', lambda fd: None)  # against power cuts, not kills; and slow
     found, line, status = [], 0, 9
     while status:  # until it lives to the end
         line, left, folder = line + 1, line, tmp_path / f'{line}'
         folder.mkdir()
-        for old in (1, 2, 3):
+        for old in (1, 3):
             save(folder, old, float(old))
 
         def trace(frame, event, arg):
@@ -110,21 +111,20 @@ def test_kill_before_each_line(tmp_path):
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return trace if frame.f_code.co_filename in (model.__file__, configurator.__file__) else None
-        child = os.fork()
-        if not child:
+        if not (child := os.fork()):
             try:
                 sys.settrace(trace)
-                save(folder, 4, 4.0, keep=1)
+                for _ in range(2):  # as when a run is stopped in the step in which it saves
+                    save(folder, 4, 4.0, keep=1)
                 os._exit(0)
             finally:
                 os._exit(1)
         status = os.waitpid(child, 0)[1]
-        assert status in (0, signal.SIGKILL)
         found.append(loaded(folder))
-        assert loaded(folder / 'step_000001.pt') == 1
+        assert status in (0, signal.SIGKILL) and loaded(folder / 'step_000001.pt') == 1
         save(folder, 5, 5.0, keep=1)
         assert steps(folder) == [1, 5]
-    assert found == sorted(found) and set(found) == {3, 4} and line > 60
+    assert found == sorted(found) and set(found) == {3, 4} and line > 120
 
 
 def test_flushed_before_renamed_and_the_manifest_last(tmp_path, monkeypatch):

@@ -11,9 +11,9 @@ picture and protocol, and meta.json with the checkpoint's sha256, commit, hardwa
 """
 
 import ast
-import gc
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -27,7 +27,6 @@ import time
 from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import version
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,20 +68,15 @@ vocab_size = 50257  # with model_config
 kinds = 'train,prefill,decode'  # what is timed
 arms = 'FELA,A'  # FELA: the pattern as it is; others are patterns, A: softmax attention in every layer
 compile = 'off'  # off, on or off,on: torch.compile
-checkpoint_activations = False  # train: compute every block again in backward, for lengths that do not fit
-lengths = '256,1024,4096'  # train, prefill: tokens in a sequence
-batch_tokens = '0'  # train, prefill: so many tokens / length sequences, at least one; several with commas
-positions = '1,1024,16384'  # decode: tokens read before
-decode_batches = '1,16'  # decode: sequences
-repetitions = 7  # of every timing; median and quartiles are kept
+lengths = '256,1024,4096,16384'  # tokens in a sequence; decode: read before
+batches = '1'  # sequences at once
+repetitions = 5  # of every timing; median and quartiles are kept
 max_cell_seconds = 10.0  # repetitions end after this time
 
-KNOBS = {k: v for k, v in globals().items() if type(v) in (int, float, str, bool) and not k.startswith('_')}
 SUITES = {  # and the knobs that change their results
     'lm': 'tasks task_data limit max_length', 'longctx': 'text_file contexts blocks block_tokens',
     'needle': 'needle_lengths needle_depths needle_seeds haystack', 'interpret': 'text_file',
-    'speed': 'model_config vocab_size kinds arms compile checkpoint_activations lengths batch_tokens '
-             'positions decode_batches repetitions max_cell_seconds'}
+    'speed': 'model_config vocab_size kinds arms compile lengths batches repetitions max_cell_seconds'}
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -92,9 +86,19 @@ def write(name, value):
 
 
 def write_csv(name, rows, columns):
-    lines = [[row.get(key) for key in columns.split()] for row in rows]
-    lines = [','.join('' if v is None else str(v) for v in line) for line in [columns.split(), *lines]]
-    write(name, '\n'.join(lines) + '\n')
+    lines = [columns.split(), *([str(row.get(key, '')) for key in columns.split()] for row in rows)]
+    write(name, '\n'.join(map(','.join, lines)) + '\n')
+
+
+def table_lines(rows):
+    """Rows as a table in markdown, for the page and for the terminal"""
+    def show(v):
+        return str(v) if not isinstance(v, float) else f'{v:,.0f}' if v >= 1000 else f'{v:.4g}'
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, *([show(row.get(key, '')) for key in keys] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ['-' * width for width in widths])
+    return ['| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines]
 
 
 def numbers(text, kind=int):
@@ -103,43 +107,31 @@ def numbers(text, kind=int):
     return [kind(float(part)) for part in text.split(',')]
 
 
-def table_lines(rows):
-    """Rows as a table in markdown, for the page and for the terminal"""
-    def show(v):
-        return '' if v is None else str(v) if not isinstance(v, float) else f'{v:,.0f}' if v >= 1000 else f'{v:.4g}'
-    lines = [list(rows[0]), *([show(v) for v in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ['-' * width for width in widths])
-    return ['| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines]
-
-
 def picture(name, *panels):
-    """Panels of (data, options of axes.set), two in a row -> [name of the PNG]. Data: lines {label: (x, y)} or
+    """Panels of (data, options of axes.set) -> [name of the PNG]. Data: lines {label: (x, y)} or
     {label: (x, y, low, high)}, or an image {label of its colours: (array, lowest, highest)}"""
     if not plots:
         return []
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    rows = (len(panels) + 1) // 2
-    fig = plt.figure(figsize=(10.4, 3.8 * rows), layout='constrained')
-    for i, (data, options) in enumerate(panels, 1):
-        ax = fig.add_subplot(rows, 2, i)
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.8), squeeze=False, layout='constrained')
+    for ax, (data, options) in zip(axes[0], panels):
         for (label, (x, y, *band)), marker in zip(data.items(), 'osD^vP*X' * 9):
             if np.ndim(x) == 2:
                 image = ax.imshow(x, vmin=y, vmax=band[0], cmap='Blues', aspect='auto')
                 fig.colorbar(image, label=label)
                 for (row, column), v in np.ndenumerate(x if x.size < 99 else x[:0]):
-                    dark = image.norm(v) > 0.6
-                    ax.text(column, row, f'{v:.2g}', ha='center', va='center', color='white' if dark else 'black')
+                    colour = 'white' if image.norm(v) > 0.6 else 'black'
+                    ax.text(column, row, f'{round(v, 2) + 0:g}', ha='center', va='center', color=colour)
             else:
                 ax.plot(x, y, marker=marker, markersize=4, label=label)
                 ax.fill_between(x, *(band or (y, y)), alpha=0.15, linewidth=0)
                 ax.grid(alpha=0.25)
                 ax.legend(frameon=False)
         ax.set(**options)
-        ax.minorticks_off()
-    fig.savefig(os.path.join(out, name), dpi=130)
+        ax.set_xticks([], minor=True)
+    fig.savefig(os.path.join(out, name), dpi=120)
     plt.close(fig)
     return [name]
 
@@ -163,7 +155,7 @@ def text_tokens(run):
         return np.array(run.tokenizer.encode(read_text(text_file))), os.path.basename(text_file)
     name = run.config['dataset']
     folder = name if os.path.dirname(name) else os.path.join('data', name)
-    if name == 'pysrc' and not os.path.exists(os.path.join(folder, 'meta.json')):
+    if name == 'pysrc':
         ensure_pysrc(folder)
     data = TokenData(folder, 'val', 1)
     if data.meta['splits']['train']['sha256'] != run.config.get('data_sha256'):
@@ -186,7 +178,8 @@ def score(model, idx, targets, state=None):
     for x, t in zip(h[wanted].float().split(256), targets[wanted].split(256)):
         logits = model.logits(x)
         parts.append((-F.cross_entropy(logits, t, reduction='none'), logits.argmax(-1) == t))
-    return [part.new_zeros(targets.shape).masked_scatter(wanted, part).cpu() for part in map(torch.cat, zip(*parts))]
+    parts = map(torch.cat, zip(*parts))
+    return [part.new_zeros(targets.shape).masked_scatter(wanted, part).cpu() for part in parts]
 
 
 # -- lm: the tasks of lm-eval
@@ -197,20 +190,15 @@ FIELDS = {'wikitext': 'page', 'boolq': 'passage question label', 'piqa': 'goal s
 
 
 def lm_adapter(model, tokenizer):
-    """lm-eval's interface on anything with hidden, logits, prefill and stream"""
+    """lm-eval's interface on anything with hidden, logits and stream"""
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
     longest, generator = max_length or 1 << 60, torch.Generator(device).manual_seed(seed)
 
-    def batches(rows, size):
-        parts = [rows[i:i + size] for i in range(0, len(rows), size)]
-        return tqdm(parts, 'batches', disable=None, leave=False)  # None: only on a terminal
-
     class Adapter(TemplateLM):
         eot_token_id = tokenizer.eot
-        tokenizer_name = tokenizer.name
 
         def tok_encode(self, string, add_special_tokens=None, **kwargs):
             return tokenizer.encode(string)
@@ -223,7 +211,8 @@ def lm_adapter(model, tokenizer):
                 tokens = ((context or [tokenizer.eot]) + continuation)[-max(longest, n) - 1:]
                 rows.append((i, torch.tensor(tokens), slice(len(tokens) - 1 - n, len(tokens) - 1)))
             rows.sort(key=lambda row: -len(row[1]))
-            for part in batches(rows, batch_size):
+            for start in tqdm(range(0, len(rows), batch_size), 'log-likelihoods', disable=None, leave=False):
+                part = rows[start:start + batch_size]
                 idx = torch.nn.utils.rnn.pad_sequence([tokens for _, tokens, _ in part], batch_first=True)
                 targets = torch.full_like(idx, -1)
                 for row, (_, tokens, place) in zip(targets, part):
@@ -243,47 +232,23 @@ def lm_adapter(model, tokenizer):
             return sums
 
         def generate_until(self, requests, **kwargs):
-            """Rows of equal options decode together, each after a prefill of its own"""
-            results, groups = [None] * len(requests), {}
-            for i, (text, options) in enumerate(request.args for request in requests):
-                options = normalize_gen_kwargs(options)
-                prompt = tokenizer.encode(text)[-max(1, longest - options['max_gen_toks']):] or [tokenizer.eot]
-                groups.setdefault(json.dumps(options), []).append((i, prompt))
-            size = 1 if model.attention else batch_size  # KV caches of unequal lengths do not stack
-            for options, rows in groups.items():
-                for part in batches(rows, size):
-                    for (i, _), text in zip(part, generate([prompt for _, prompt in part], **json.loads(options))):
-                        results[i] = text
-            return results
+            return [generate(text, **normalize_gen_kwargs(options)) for text, options in tqdm(
+                [request.args for request in requests], 'generation', disable=None, leave=False)]
 
-    def generate(prompts, until, max_gen_toks, do_sample, temperature=1.0, top_k=0, top_p=1.0, **others):
-        if others:
-            die(f'generation options {", ".join(others)}: expected temperature, top_k, top_p, until, max_gen_toks')
-        made, texts = [[] for _ in prompts], [None] * len(prompts)
+    def generate(text, until, max_gen_toks, do_sample, temperature=1.0, top_k=0, top_p=1.0):
+        prompt = tokenizer.encode(text)[-max(1, longest - max_gen_toks):] or [tokenizer.eot]
+        made, text = [], ''
         with autocast():
-            states = [model.prefill(torch.tensor([prompt[:-1]], device=device))[1] if prompt[1:] else
-                      model.init_state(1) for prompt in prompts]
-            last = torch.tensor([prompt[-1:] for prompt in prompts], device=device)
-            for tokens in model.stream(last, max_gen_toks, temperature=temperature if do_sample else 0.0,
-                                       top_k=top_k, top_p=top_p, generator=generator, state=stack(states)):
-                for b, t in enumerate(tokens.tolist()):
-                    if texts[b] is None:
-                        made[b] += [t] if t != tokenizer.eot else []
-                        text = tokenizer.decode(made[b])
-                        ends = [text.find(stop) for stop in until if stop and stop in text]
-                        if ends or t == tokenizer.eot:
-                            texts[b] = text[:min(ends, default=None)]
-                if None not in texts:
+            for token in model.stream(torch.tensor([prompt], device=device), max_gen_toks, top_k=top_k, top_p=top_p,
+                                      temperature=temperature if do_sample else 0.0, generator=generator):
+                if token.item() == tokenizer.eot:
                     break
-        return [tokenizer.decode(ids) if text is None else text for ids, text in zip(made, texts)]
+                made.append(token.item())
+                text = tokenizer.decode(made)
+                if ends := [text.find(stop) for stop in until if stop and stop in text]:
+                    return text[:min(ends)]
+        return text
     return Adapter()
-
-
-def stack(states):
-    """States of one row each as one of many. What has no batch dimension (taps, position) is the same in all"""
-    def cat(*ts):
-        return torch.cat(ts) if isinstance(ts[0], torch.Tensor) and ts[0].dim() > 2 else ts[0]
-    return [tuple(map(cat, *layer)) for layer in zip(*states)]
 
 
 def local_task(task):
@@ -292,15 +257,13 @@ def local_task(task):
     if not found:
         return print(f'left out, for lack of {task}*.jsonl: {task}')
     for i, line in enumerate(read_text(found[0]).splitlines() or [''], 1):
-        try:
-            document = json.loads(line)
-            missing = [field for field in FIELDS.get(task, '').split() if field not in document]
-        except (ValueError, TypeError):
-            missing = ['JSON object']
+        missing = ['JSON object']
+        with suppress(ValueError, TypeError):
+            missing = set(FIELDS.get(task, '').split()) - dict(json.loads(line)).keys()
         if missing:
-            die(f'{found[0]}, line {i}: no {missing[0]!r}; expected an object with {FIELDS.get(task, "its fields")}')
+            die(f'{found[0]}, line {i}: no {missing.pop()!r}; expected an object with {FIELDS.get(task)}')
     return {'task': task, 'dataset_path': 'json', 'dataset_name': None, 'training_split': None, 'test_split': None,
-            'dataset_kwargs': {'data_files': {'validation': found[0]}}, 'validation_split': 'validation'}
+            'validation_split': 'validation', 'dataset_kwargs': {'data_files': {'validation': found[0]}}}
 
 
 def run_lm(model, tokenizer, names):
@@ -309,51 +272,50 @@ def run_lm(model, tokenizer, names):
     import lm_eval
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    members, left_out = names, []
+    members, left_out, results = names, [], {}
     if task_data:
         local = {name: local_task(name) for name in names}
-        members, left_out = list(filter(None, local.values())), [name for name in names if not local[name]]
-        if not members:
+        left_out = [name for name in names if not local[name]]
+        members = [{'group': 'local', 'task': [task for task in local.values() if task]}]
+        if left_out == names:
             die(f'task_data={task_data!r}: no file there for {tasks}, as boolq.jsonl for boolq')
-        members = [{'group': 'local', 'task': members}]
     try:
-        loaded = lm_eval.simple_evaluate(lm_adapter(model, tokenizer), tasks=members, limit=limit or None,
-                                         bootstrap_iters=0, random_seed=seed, numpy_random_seed=seed,
-                                         torch_random_seed=seed)
+        loaded = lm_eval.simple_evaluate(
+            lm_adapter(model, tokenizer), tasks=members, limit=limit or None, bootstrap_iters=0, random_seed=seed,
+            numpy_random_seed=seed, torch_random_seed=seed)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever a task, its data or the hub leads it to
         hint = '' if task_data else '; without the hub, --task_data=DIR takes local files'
         die(f'lm-eval: {type(e).__name__}: {" ".join(str(e).split())[:160]}{hint}', 1)
-    results = {}
     for name, samples in loaded['samples'].items():
         scores = {k.removesuffix(',none'): v for k, v in loaded['results'][name].items() if isinstance(v, float)}
         results[name] = scores | {'documents': len(samples)}
         if name in FIELDS and 'acc' in scores:
             labels = [sample['doc'][FIELDS[name].split()[-1]] for sample in samples]
             if name == 'arc_easy':
-                labels = [sample['doc']['choices']['label'].index(key) for sample, key in zip(samples, labels)]
+                labels = [s['doc']['choices']['label'].index(label) for s, label in zip(samples, labels)]
             results[name]['majority'] = max(map(labels.count, labels)) / len(labels)
     return results, left_out
 
 
 def lm(run):
     results, left_out = run_lm(run.model, run.tokenizer, [name for name in tasks.split(',') if name])
-    write('lm_eval_results.json', {'results': results, 'left_out': left_out, 'max_length': max_length, 'limit': limit,
-                                   'tokenizer': run.tokenizer.name, 'lm_eval': version('lm_eval')})
+    write('lm_eval_results.json', {'results': results, 'left_out': left_out, 'lm_eval': version('lm_eval'),
+                                   'max_length': max_length, 'limit': limit, 'tokenizer': run.tokenizer.name})
     rows = []
     for task, scores in results.items():
-        first = {'wikitext': 'word_perplexity', 'hellaswag': 'acc_norm'}.get(task) or next(iter(scores))
-        row = {'task': task, 'metric': first, 'value': scores[first], 'standard error': None}
+        metric = {'wikitext': 'word_perplexity', 'hellaswag': 'acc_norm'}.get(task) or next(iter(scores))
+        rows.append({'task': task, 'documents': scores['documents'], 'metric': metric, 'value': scores[metric]})
         if 'majority' in scores:
-            row['standard error'] = math.sqrt(row['value'] * (1 - row['value']) / scores['documents'])
-        rows.append(row | {'majority class': scores.get('majority'), 'documents': scores['documents']})
+            error = math.sqrt(scores[metric] * (1 - scores[metric]) / scores['documents'])
+            rows[-1] |= {'standard error': error, 'majority class': scores['majority']}
     return {'table': rows, 'protocol': (
         f'lm-eval {version("lm_eval")}, zero-shot, at most {max_length or "all"} tokens ({run.tokenizer.name}) of '
         'context and continuation; wikitext: each token once in windows of that length. Published on other data and '
-        'contexts, for wikitext, BoolQ, HellaSwag, ARC-E, PIQA, WinoGrande: GPT-2 124M (lm-eval 0.4) 37.37, -, 0.311, '
-        '0.438, -, 0.516; Mamba-130M (its table 3) -, -, 0.353, 0.480, 0.645, 0.519; GLA-340M (its table 2) 28.65, '
-        '0.587, 0.345, 0.451, 0.648, 0.514; FELA-1.13B (its paper) BoolQ 0.614.')}
+        'contexts, for wikitext, BoolQ, HellaSwag, ARC-E, PIQA, WinoGrande: GPT-2 124M (lm-eval 0.4) 37.37, -, '
+        '0.311, 0.438, -, 0.516; Mamba-130M (its table 3) -, -, 0.353, 0.480, 0.645, 0.519; GLA-340M (its table 2) '
+        '28.65, 0.587, 0.345, 0.451, 0.648, 0.514; FELA-1.13B (its paper) BoolQ 0.614.')}
 
 
 # -- longctx: bits per byte of the same targets after more and more context
@@ -362,12 +324,12 @@ def longctx(run):
     (tokens, source), sizes, need = text_tokens(run), sorted(set(numbers(contexts))), block_tokens * blocks
     if sizes[0] < 1 or len(tokens) < sizes[-1] + need:
         fit = ','.join(str(c) for c in sizes if 1 <= c <= len(tokens) - need)
-        die(f'{source} has {len(tokens):,} tokens, contexts={contexts!r} and {blocks} blocks of {block_tokens} need '
-            f'{sizes[-1] + need:,}: ' + (f'--contexts={fit} is possible' if fit else 'expected a longer text'))
+        die(f'{source} has {len(tokens):,} tokens, contexts={contexts!r} and {blocks} blocks of {block_tokens} '
+            f'need {sizes[-1] + need:,}: ' + (f'--contexts={fit} is possible' if fit else 'expected a longer text'))
     starts = np.linspace(sizes[-1], len(tokens) - block_tokens, blocks).astype(int)
     text = [tokens[s:s + block_tokens] for s in starts]
-    size = np.array([len(run.tokenizer.decode_bytes(part[part != run.tokenizer.eot])) for part in text])  # in bytes
-    draws = np.random.default_rng(seed).integers(blocks, size=(10000, blocks))  # the same at every context: paired
+    size = np.array([len(run.tokenizer.decode_bytes(part[part != run.tokenizer.eot])) for part in text])  # bytes
+    draws = np.random.default_rng(seed).integers(blocks, size=(10000, blocks))  # at every context: paired
     found, rows, base = {}, [], max([c for c in sizes if c <= run.block_size], default=sizes[0])
     for c in sizes:
         bits, at_once = [], max(1, min(batch_size, (1 << 18) // c))
@@ -382,22 +344,21 @@ def longctx(run):
         bits = np.array(bits)
         found[c] = np.array([bits.sum() / size.sum(), *bits[draws].sum(1) / size[draws].sum(1)])
     for c in sizes:
-        row = {'context_tokens': c, 'beyond_training': c > run.block_size}
+        rows.append({'context_tokens': c, 'beyond_training': c > run.block_size})
         for key, values in (('bpb', found[c]), ('change', found[c] - found[base])):
             low, high = np.quantile(values[1:], (0.025, 0.975)).tolist()
-            row |= {key: values[0].item(), f'{key}_low': low, f'{key}_high': high}
-        rows.append(row)
+            rows[-1] |= {key: values[0].item(), f'{key}_low': low, f'{key}_high': high}
     write_csv('longctx_bpb.csv', rows, ' '.join(rows[0]))
-    panels = [({f'trained with {run.block_size:,} tokens of context; 95% interval':
+    panels = [({f'trained with {run.block_size:,} tokens; 95% interval':
                 (sizes, *([row[key + end] for row in rows] for end in ('', '_low', '_high')))},
                token_axis(sizes, 'context before the targets (tokens)') | {'ylabel': label})
               for key, label in (('bpb', 'bits per byte of the same targets'),
                                  ('change', f'bits per byte, less those after {base:,} tokens'))]
     return {'table': rows, 'pictures': picture('longctx_bpb.png', *panels), 'protocol': (
         f'{blocks} blocks of {block_tokens} targets ({size.sum():,} bytes), spread over the {source} from token '
-        f'{sizes[-1]:,} on. The model reads exactly the context, from a fresh state, then the block with its true tokens. '
-        f'95% intervals of 10,000 paired bootstrap draws of blocks; change: against {base:,} tokens. Trained with '
-        f'{run.block_size:,} tokens of context. The paper: 1.78 bits per byte at 256, 1.49 at 32K (1.13B, WikiText-103).')}
+        f'{sizes[-1]:,} on. The model reads exactly the context, from a fresh state, then the block with its true '
+        f'tokens. 95% intervals of 10,000 paired bootstrap draws of blocks; change: against {base:,} tokens. '
+        'The paper: 1.78 bits per byte at 256, 1.49 at 32K (1.13B, WikiText-103).')}
 
 
 # -- needle: passkey retrieval
@@ -422,32 +383,30 @@ def needle(run):
     tok, sizes, depths = run.tokenizer, sorted(set(numbers(needle_lengths))), numbers(needle_depths, float)
     hay, least = tok.encode(read_text(haystack) if haystack else _FILLER), 8 + len(tok.encode(_NEEDLE + _QUESTION))
     if sizes[0] < least or max(depths) > 1 or not hay:
-        die(f'needle_lengths={needle_lengths!r}, needle_depths={needle_depths!r}, haystack={haystack!r}: expected at '
-            f'least {least} tokens, depths of 0 to 1 and some text')
+        die(f'needle_lengths={needle_lengths!r}, needle_depths={needle_depths!r}, haystack={haystack!r}: expected '
+            f'at least {least} tokens, depths of 0 to 1 and some text')
 
-    def ask(length, depth, needle=True):
-        """-> share of keys found, mean log-probability of the key"""
-        found = []
-        for s in range(needle_seeds):
-            rng = np.random.default_rng((seed, length, s))
-            prompt, answer = passkey_prompt(tok, hay, length, depth, rng, needle)
-            idx = torch.tensor([prompt + answer[:-1]], device=device)
-            with autocast():
-                _, state = run.model.prefill(idx[:, :length - 1])
-            log_probs, greedy = score(run.model, idx[:, length - 1:], torch.tensor([answer]), state)
-            found.append((greedy.all(), log_probs.sum()))  # greedy decoding says it just if each token is on top
-        return np.mean(found, 0).tolist()
     cells, rows = [], []
     for n in sizes:
-        control = ask(n, 0, needle=False)  # the same at every depth, as nothing is hidden
-        rows.append({'length': n, 'beyond_training': n > run.block_size, 'control': control[0]})
-        for d in depths:
-            exact, log_prob = ask(n, d)
-            cells.append(rows[-1] | {'depth': d, 'exact': exact, 'log_prob': log_prob, 'control_log_prob': control[1],
-                                     'told_bits': (log_prob - control[1]) / math.log(2)})
-        rows[-1] |= {f'depth {cell["depth"]}': cell['exact'] for cell in cells[-len(depths):]}
-    write('needle_heatmap.json', {'cells': cells, 'trained_length': run.block_size, 'needle': _NEEDLE, 'question':
-                                  _QUESTION, 'haystack': os.path.basename(haystack) or _FILLER})
+        rows.append({'length': n, 'beyond_training': n > run.block_size})
+        for d in [None, *depths]:  # None: the control, without a needle
+            found = []
+            for s in range(needle_seeds):
+                rng = np.random.default_rng((seed, n, s))
+                prompt, answer = passkey_prompt(tok, hay, n, d or 0, rng, d is not None)
+                idx = torch.tensor([prompt + answer[:-1]], device=device)
+                with autocast():
+                    _, state = run.model.prefill(idx[:, :n - 1])
+                log_probs, greedy = score(run.model, idx[:, n - 1:], torch.tensor([answer]), state)
+                found.append((greedy.all(), log_probs.sum()))  # greedy decoding says it if each token is on top
+            exact, log_prob = np.mean(found, 0).tolist()
+            if d is None:
+                rows[-1]['control'], control = exact, log_prob
+            else:
+                rows[-1][f'depth {d}'], told = exact, (log_prob - control) / math.log(2)
+                cells.append({'length': n, 'depth': d, 'exact': exact, 'log_prob': log_prob, 'told_bits': told})
+    write('needle_heatmap.json', {'cells': cells, 'trained_length': run.block_size, 'needle': _NEEDLE,
+                                  'question': _QUESTION, 'haystack': os.path.basename(haystack) or _FILLER})
     axes = token_axis(sizes, 'length of the prompt (tokens)') | {
         'xscale': 'linear', 'xticks': range(len(sizes)), 'yticks': range(len(depths)), 'yticklabels': depths,
         'ylabel': 'depth of the passkey in it (share)'}
@@ -455,9 +414,9 @@ def needle(run):
               for key, label, most in (('exact', 'share of passkeys found', 1),
                                        ('told_bits', 'bits that the needle tells of a passkey', math.log2(90000)))]
     return {'table': rows, 'pictures': picture('needle_heatmap.png', *panels), 'protocol': (
-        f'A five-digit passkey in {"a text" if haystack else "repeated sentences"}; of {needle_seeds} prompts for each '
-        'length and depth, the share where greedy decoding says all five digits. control: the same questions where '
-        f'nothing tells the key. Trained with {run.block_size:,} tokens of context.')}
+        f'A five-digit passkey in {"a text" if haystack else "repeated sentences"}; of {needle_seeds} prompts for '
+        'each length and depth, the share where greedy decoding says all five digits. control: the same questions '
+        f'where nothing tells the key. Trained with {run.block_size:,} tokens of context.')}
 
 
 def write_passkeys():
@@ -467,10 +426,10 @@ def write_passkeys():
     os.makedirs(make_passkey, exist_ok=True)
     with open(path, 'w') as file:
         for key in rng.integers(10000, 100000, 20000).tolist():
-            text = ''
-            for told in (_NEEDLE, *rng.choice(['The pass key is {0}. ', _QUESTION + ' {0}. '], 32, p=[0.7, 0.3])):
-                start, n = rng.integers(len(_FILLER)), int(156 ** rng.random()) - 1
-                text += (_FILLER * 3)[start:start + n] + told.format(key)
+            told = [_NEEDLE, *rng.choice(['The pass key is {0}. ', _QUESTION + ' {0}. '], 32, p=[0.7, 0.3])]
+            starts, sizes = rng.integers(len(_FILLER), size=33), 156 ** rng.random(33)
+            between = [(_FILLER * 3)[start:start + int(size) - 1] for start, size in zip(starts, sizes)]
+            text = ''.join(map(str.__add__, between, told)).format(key)
             file.write(json.dumps({'text': text[:rng.integers(128, 512)]}) + '\n')
     sys.exit(subprocess.run([
         sys.executable, os.path.join(_HERE, 'prepare.py'), '--dataset=passkey', f'--data_files={path}',
@@ -482,35 +441,21 @@ def write_passkeys():
 _STEPS = 16  # decoded in a repetition
 
 
-def speed_shape(run):
-    """-> fields of FELAConfig, of the checkpoint or of a config of train.py"""
-    if not model_config:
-        return vars(run.model.config)
-    path, knobs = os.path.join(_HERE, 'train.py'), {}
-    with open(path) as file:
-        for node in ast.parse(file.read()).body:
-            with suppress(AttributeError, ValueError):
-                knobs[node.targets[0].id] = ast.literal_eval(node.value)
-    knobs = configure(dict(knobs, __file__=path), [model_config]) | {'vocab_size': vocab_size}
-    return {f.name: knobs[f.name] for f in fields(FELAConfig) if f.name in knobs}
-
-
 def speed_call(cell, shape):
     """-> what is timed, a function without arguments; the cell learns how it runs and how much it holds"""
     torch.manual_seed(seed)
     with torch.device(device):
         model = FELA(FELAConfig(**shape | ({} if cell['arm'] == 'FELA' else {'pattern': cell['arm']})))
         x, y = torch.randint(shape['vocab_size'], (2, cell['batch'], cell['length']))
-    optimizers, state = model.configure_optimizers('adamw', 1e-4), []
-    model.checkpoint_activations = checkpoint_activations
+    [optimizer], state = model.configure_optimizers('adamw', 1e-4), []
     if cell['kind'] != 'train':
         model.to(getattr(torch, dtype)).requires_grad_(False)
         state = repeat_state(model.prefill(x[:1])[1], len(x))
-    numbers = [t for layer in state for t in layer]
-    grows = cell['kind'] == 'decode' and any(isinstance(t, int) for t in numbers)
+    parts = [t for layer in state for t in layer]
+    grows = cell['kind'] == 'decode' and any(isinstance(t, int) for t in parts)
     cell |= {'mode': 'compiled' if cell['compile'] == 'on' and not grows else 'eager',
              'weight_bytes': sum(p.nbytes for p in model.parameters()),
-             'held_bytes': sum(t.nbytes for t in numbers if not isinstance(t, int))}
+             'held_bytes': sum(t.nbytes for t in parts if not isinstance(t, int))}
     if cell['mode'] == 'compiled':
         model.compile_blocks()
     token, step = x[:, 0].clone(), model.step
@@ -522,9 +467,8 @@ def speed_call(cell, shape):
             _, loss = model(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     @torch.inference_mode()
     def decode():
@@ -546,7 +490,7 @@ def timed(call):
 
 def measure(cells, shape, bandwidth):
     """The cells of one case, an arm each: first calls, which compile, then repetitions in turn"""
-    calls, cuda = [], device.startswith('cuda')
+    calls, cuda, base = [], device.startswith('cuda'), None
     torch.compiler.reset()
     for cell in cells:
         try:
@@ -559,105 +503,100 @@ def measure(cells, shape, bandwidth):
             cell['status'] = 'out of memory' if full else f'{type(e).__name__}: {reason}'
     for cell, call, times in calls * repetitions:
         if sum(times) < max_cell_seconds:
-            torch.cuda.reset_peak_memory_stats() if cuda else None
             rest = torch.cuda.memory_allocated() if cuda else 0
+            torch.cuda.reset_peak_memory_stats() if cuda else None
             times.append(timed(call))
-            cell['peak_bytes'] = torch.cuda.max_memory_allocated() - rest if cuda else None
+            cell |= {'peak_bytes': torch.cuda.max_memory_allocated() - rest} if cuda else {}
     for cell, _, times in calls:
-        tokens, steps = (cell['batch'], _STEPS) if cell['kind'] == 'decode' else (cell['batch'] * cell['length'], 1)
+        tokens, steps = (1, _STEPS) if cell['kind'] == 'decode' else (cell['length'], 1)
         low, seconds, high = (np.quantile(times, (0.25, 0.5, 0.75)) / steps).tolist()
-        floor = (cell['weight_bytes'] + cell['held_bytes']) / bandwidth if steps > 1 else None
-        cell |= {'seconds': seconds, 'seconds_q1': low, 'seconds_q3': high, 'repetitions': len(times), 'floor_seconds': floor,
-                 'tokens_per_second': tokens / seconds, 'times_as_long': seconds / cells[0].get('seconds', math.nan)}
+        base = base or seconds
+        cell |= {'tokens_per_second': cell['batch'] * tokens / seconds, 'seconds_q1': low, 'seconds': seconds,
+                 'seconds_q3': high, 'repetitions': len(times), 'times_as_long': seconds / base}
+        if steps > 1:
+            cell['floor_seconds'] = (cell['weight_bytes'] + cell['held_bytes']) / bandwidth
 
 
 def speed(run, cells, keep):
-    with suppress(ImportError, ValueError, OSError):  # what exceeds the machine fails before the kernel ends a process
-        import resource
-        memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.RLIM_INFINITY)) if device == 'cpu' else None
+    names, path, knobs, panels = arms.split(','), os.path.join(_HERE, 'train.py'), {}, {}
+    shape = vars(run.model.config) if run else {}
+    if model_config:
+        for node in ast.parse(read_text(path)).body:
+            with suppress(AttributeError, ValueError):
+                knobs[node.targets[0].id] = ast.literal_eval(node.value)
+        knobs = configure(dict(knobs, __file__=path), [model_config]) | {'vocab_size': vocab_size}
+        shape = {f.name: knobs[f.name] for f in fields(FELAConfig) if f.name in knobs}
     a = torch.ones(1 << (30 if device.startswith('cuda') else 27), device=device)
     bandwidth = a.nbytes / min(timed(a.sum) for _ in range(6))
     del a
-    sizes = {'decode': [(n, b) for b in numbers(decode_batches) for n in numbers(positions)]}
-    sizes['train'] = sizes['prefill'] = [(n, max(1, t // n)) for t in numbers(batch_tokens) for n in numbers(lengths)]
-    cases = [{'kind': kind, 'length': n, 'batch': b, 'compile': c}
-             for c in compile.split(',') for kind in kinds.split(',') for n, b in dict.fromkeys(sizes[kind])]
-    shape, lines = speed_shape(run), {}
-    for case in cases[len(cells) // len(arms.split(',')):]:  # those before were measured before an interruption
-        now = [case | {'arm': arm} for arm in arms.split(',')]
+    cases = [dict(zip(('compile', 'kind', 'batch', 'length'), case)) for case in itertools.product(
+        compile.split(','), kinds.split(','), numbers(batches), numbers(lengths))]
+    for case in cases[len(cells) // len(names):]:  # those before were measured before an interruption
+        now = [case | {'arm': arm} for arm in names]
         measure(now, shape, bandwidth)
-        gc.collect()
         keep(cells := cells + now)
-        print('\n'.join(str(list(cell.values())[:7]) for cell in now), flush=True)
+        print(*case.values(), *(f'{c["arm"]}: {c["status"]} {c.get("seconds", 0):.4g} s' for c in now), flush=True)
     for cell in cells:
-        label = f'{cell["arm"]}, {cell.get("mode")}' + (f', {cell["batch"]} rows' if cell['batch'] > 1 else '')
-        x, y = lines.setdefault(cell['kind'], {}).setdefault(label, ([], []))
+        label = f'{cell["arm"]}, {cell.get("mode")}, rows: {cell["batch"]}'
+        x, y = panels.setdefault(cell['kind'], {}).setdefault(label, ([], []))
         x.append(cell['length'])
         y.append(cell.get('tokens_per_second', math.nan))
+    panels = [(lines, token_axis(numbers(lengths), f'{kind}: length of the sequence (tokens)') | {
+        'yscale': 'log', 'ylabel': 'tokens per second'}) for kind, lines in panels.items()]
     what = 'kind length batch compile arm mode status '
-    write_csv('throughput.csv', cells, f'{what} tokens_per_second seconds_q1 seconds seconds_q3 repetitions floor_seconds')
-    write_csv('wallclock.csv', cells, f'{what} seconds times_as_long first_call_seconds')
-    write_csv('vram.csv', cells, f'{what} weight_bytes held_bytes peak_bytes')
-    what += 'tokens_per_second seconds times_as_long floor_seconds held_bytes peak_bytes'
-    panels = [(lines[kind], token_axis([n for n, _ in sizes[kind]], f'{kind}: length of the sequence (tokens)') | {
-        'ylabel': 'tokens per second', 'ylim': (0, None)}) for kind in lines]
-    return {'table': [{key: cell.get(key) for key in what.split()} for cell in cells], 'bandwidth': bandwidth,
-            'shape': shape, 'pictures': picture('speed.png', *panels), 'protocol': (
-        'Arms take turns in one process; the first call, which compiles, is apart; median and quartiles of the others. '
-        'train: forward, backward, clip, AdamW; fp32 weights, autocast. prefill: weights in dtype, logits of the last '
-        'position. decode: greedy, after really reading so many tokens; seconds are of one step. times_as_long: as the '
-        'first arm. floor: bytes of weights and state / measured read bandwidth. held: state or KV cache. peak: above what '
-        'is held at rest, by the allocator of CUDA; on a CPU it is left out.')}
+    rate = 'tokens_per_second seconds_q1 seconds seconds_q3 repetitions floor_seconds '
+    write_csv('throughput.csv', cells, what + rate)
+    write_csv('wallclock.csv', cells, what + 'seconds times_as_long first_call_seconds')
+    write_csv('vram.csv', cells, what + 'weight_bytes held_bytes peak_bytes')
+    keys = f'{what}{rate}times_as_long held_bytes peak_bytes'.split()
+    table = [{key: cell[key] for key in keys if key in cell} for cell in cells]
+    return {'table': table, 'shape': shape, 'pictures': picture('speed.png', *panels), 'protocol': (
+        'Arms take turns in one process, the first call apart; median and quartiles. train: forward, backward, clip, '
+        'AdamW; fp32 weights, autocast. prefill: weights in dtype, logits of the last position. decode: greedy, after '
+        'really reading so many tokens, seconds of one step; a KV cache that grows is not compiled. floor: bytes of '
+        f'weights and state at {bandwidth / 1e9:.0f} GB/s, as measured. held: state or KV cache. peak: above what is '
+        'held at rest, by the allocator of CUDA; on a CPU it is left out.')}
 
 
 # -- interpret: filters, gates, logit lens
 
 @torch.inference_mode()
 def interpret(run):
-    model, (tokens, source), rows, tops, responses, gates = run.model, text_tokens(run), [], [], {}, {}
+    model, (tokens, source), tops, filters = run.model, text_tokens(run), [], []
     if len(tokens) < 512:
         die(f'{source} has {len(tokens)} tokens: expected at least 512')
     idx = torch.tensor(tokens[:len(tokens) // 8 * 8].reshape(8, -1)[:, :1024], device=device)  # (8,T)
+    rows, quartiles = [{'layer': i} for i in range(len(model.blocks) + 1)], torch.tensor((0.5, 0.25, 0.75))
     with autocast():
         x = model.embedding(idx)
-        for i, block in enumerate([None, *model.blocks]):
-            row, mixer = {'layer': i, 'centroid': None, 'half_energy_lag': None, 'gate': None}, block and block.mixer
+        for row, block in zip(rows, [None, *model.blocks]):
+            mixer = block and block.mixer
             if hasattr(mixer, 'effective_taps'):
-                taps = mixer.effective_taps().float().cpu()  # (M,C)
-                power = torch.fft.rfft(taps, 16384, 0)[1:].abs().square()  # up to 0.5 cycles per token
-                centroid = torch.linspace(0, 0.5, len(power)) @ power / power.sum(0)
-                lag = (taps.square().cumsum(0) < taps.square().sum(0) / 2).sum(0)  # of half of the energy
-                row |= {'centroid': centroid.median().item(), 'half_energy_lag': lag.median().item()}
-                responses[i] = power.mean(1).view(64, -1).mean(1)
+                power = torch.fft.rfft(mixer.effective_taps().float().cpu(), 16384, 0).abs().square()
+                centroid = torch.linspace(0, 0.5, len(power)) @ power / power.sum(0)  # cycles per token (C,)
+                row['centroid'], *_ = centroid.quantile(quartiles).tolist()
+                filters.append((row['layer'], *centroid.quantile(quartiles).tolist()))
             if hasattr(mixer, 'decay_up'):  # the gate: the share of the state that a token keeps
                 decay = mixer.decay_up(mixer.decay_down(block.norm1(x))).float().sigmoid()
-                gates[i] = (mixer.floor * decay).exp().cpu()
-                row['gate'] = gates[i].mean().item()
+                row['gate'] = (mixer.floor * decay).exp().mean().item()
             x = block(x)[0] if block else x
             said = torch.cat([model.logits(model.norm(h)) for h in x[:, :-1]])  # if this were the last layer
             row['lens_bits_per_token'] = F.cross_entropy(said, idx[:, 1:].flatten()).item() / math.log(2)
             tops.append(said.argmax(-1))
-            rows.append(row)
     final = torch.stack([top == tops[-1] for top in tops]).flip(0).cumprod(0).flip(0)  # from this layer on
     for row, share in zip(rows, final.float().mean(1).tolist()):
         row['committed'] = share
-    panels = [({'logit lens': (range(len(rows)), [row['committed'] for row in rows])}, {
-        'xlabel': 'layer (0: embedding)', 'ylabel': 'share of predictions that are final', 'xticks': range(len(rows))})]
-    if responses:
-        gain = torch.stack([10 * (power / power.max()).log10() for power in responses.values()])
-        panels.append(({'mean response of the filters (dB)': (gain.numpy(), -20, 0)}, {
-            'xlabel': 'frequency (cycles per 128 tokens)', 'ylabel': 'layer', 'yticks': range(len(gain)),
-            'yticklabels': responses}))
-    if gates:
-        lines = {f'layer {i}, mean {gate.mean():.3f}': np.histogram(gate, 60, density=True) for i, gate in gates.items()}
-        panels.append(({label: (edges[1:], density) for label, (density, edges) in lines.items()},
-                       {'xlabel': 'gate: share of the state that a token keeps', 'ylabel': 'density'}))
+    lines = {label: ([row['layer'] for row in rows if key in row], [row[key] for row in rows if key in row])
+             for key, label in (('committed', 'predictions that are final'), ('gate', 'state that a token keeps'))}
+    panels = [(lines, {'xlabel': 'layer (0: embedding)', 'ylabel': 'share'})]
+    if filters:
+        panels.append(({'median filter, and half of all filters': [*zip(*filters)]}, {
+            'xlabel': 'layer', 'ylabel': 'spectral centroid (cycles per token)'}))
     return {'table': rows, 'pictures': picture('interpret.png', *panels), 'protocol': (
-        'Filters: rfft of the effective taps; centroid (cycles per token) and lag of half the energy (tokens) of the median '
-        f'channel. Gates (mean) and logit lens: 8 x {idx.shape[1]} tokens of the {source}. Logit lens: last norm and output '
-        'weights after every layer; committed: the share of final predictions that are on top from here on. The paper (12 '
-        'layers): mean gate 0.65-0.72 early, 0.91 deep; predictions commit by layer 6.')}
+        'centroid: of the spectrum of the effective taps, in cycles per token, median over channels. gate (mean) and '
+        f'logit lens on 8 x {idx.shape[1]} tokens of the {source}: last norm and output weights after every layer; '
+        'committed: the share of final predictions that are on top from here on. The paper (12 layers): mean gate '
+        '0.65-0.72 early, 0.91 deep; predictions commit by layer 6.')}
 
 
 # -- the run
@@ -668,7 +607,8 @@ def page(meta):
     for name, record in meta.items():
         pictures = [f'![{picture}]({picture})' for picture in record['pictures']]
         lines += ['', f'## {name}', '', *table_lines(record['table']), '', *pictures, '', record['protocol'], '']
-        lines += ['{source}; {hardware}; torch {torch}; {dtype}; commit {commit}; {date}\n\n    {command}'.format(**record)]
+        lines += ['{source}; {hardware}; torch {torch}; {dtype}; commit {commit}; {date}'.format(**record)]
+        lines += ['', f'    {record["command"]}']
     return '\n'.join(lines) + '\n'
 
 
@@ -701,9 +641,9 @@ def environment():
 def check():
     """Refuses what cannot work before anything is measured -> names of the suites"""
     global device, dtype
-    for key, allowed in {'suite': ['all', *SUITES], 'kinds': ['train', 'prefill', 'decode'], 'compile': ['on', 'off']}.items():
-        if wrong := set(globals()[key].split(',')) - set(allowed):
-            die(f'{key}: {wrong.pop()!r} is none of {", ".join(allowed)}')
+    for key, words in (('suite', 'all ' + ' '.join(SUITES)), ('kinds', 'train prefill decode'), ('compile', 'off on')):
+        for word in globals()[key].split(','):
+            require({key: word}, **{key: words})
     if '' in arms.split(',') or set(arms.replace('FELA', '')) - set('SLA,'):
         die(f'arms={arms!r}: expected FELA or patterns of S, L and A, with commas')
     require(globals(), dtype='auto float32 bfloat16 float16', blocks=(2, math.inf),
@@ -711,11 +651,12 @@ def check():
             **dict.fromkeys('limit max_length seed max_cell_seconds'.split(), (0, math.inf)))
     device, dtype, _ = pick_device(device, dtype)
     names = list(SUITES) if suite == 'all' else suite.split(',')
-    if 'lm' in names and task_data and not os.path.isdir(task_data):
-        die(f'task_data={task_data!r}: no such folder')
-    for name, needed in (('matplotlib', plots), ('lm_eval', 'lm' in names)):
-        if needed and find_spec(name) is None:
-            die(f'{name} is not installed: pip install {name.replace("_", "-")} (or --plots=False, or another --suite)')
+    if 'lm' in names:
+        import lm_eval  # noqa: F401
+        if task_data and not os.path.isdir(task_data):
+            die(f'task_data={task_data!r}: no such folder')
+    if plots:
+        import matplotlib  # noqa: F401
     return names
 
 
@@ -727,8 +668,8 @@ def main():
         config, source = state['config'], f'step {manifest["step"]}, sha256 {manifest["sha256"]}'
         if missing := {'tokenizer', 'block_size', 'dataset'} - config.keys():
             raise CheckpointError(f'{checkpoint}: its config has no {missing.pop()}')
-        run = SimpleNamespace(model=model.eval().requires_grad_(False), tokenizer=get_tokenizer(config['tokenizer']),
-                              config=config, block_size=config['block_size'])
+        run = SimpleNamespace(model=model.eval().requires_grad_(False), config=config,
+                              tokenizer=get_tokenizer(config['tokenizer']), block_size=config['block_size'])
         print(f'{checkpoint}: {source}, {model.num_parameters():,} parameters')
         folder = os.path.abspath(checkpoint if os.path.isdir(checkpoint) else os.path.dirname(checkpoint))
         folder = f'{config["dataset"]}_default' if checkpoint == 'out' else folder
@@ -751,10 +692,10 @@ def main():
                       'date': time.strftime('%Y-%m-%d'), 'dtype': dtype, 'seed': seed, 'knobs': knobs, **where,
                       'table': [{'status': 'unfinished'}], 'pictures': [], 'protocol': ''}
             if name == 'speed':
-                cells = old.get('cells', []) if old.get('key') == key else []
+                cells = old['cells'] if old.get('key') == key else []
                 keep(record | speed(run, cells, lambda cells: keep(record | {'cells': cells})))
             else:
-                keep(record | {'lm': lm, 'longctx': longctx, 'needle': needle, 'interpret': interpret}[name](run))
+                keep(record | globals()[name](run))
         print('\n'.join([*table_lines(meta[name]['table']), meta[name]['protocol']]))
 
 
@@ -764,6 +705,8 @@ if __name__ == '__main__':
         write_passkeys() if make_passkey else main()
     except (DataError, CheckpointError) as e:
         die(f'{e}' + ('' if os.path.exists(checkpoint) else '; train one with `python train.py`'))
+    except ImportError as e:
+        die(f'{e.name} is not installed: pip install {e.name} (or --plots=False, or another --suite)')
     except OSError as e:
         die(f'{e.filename or out}: {e.strerror or e}', 1)
     except torch.OutOfMemoryError:

@@ -1,26 +1,22 @@
 """
 Every number and picture in results/: five suites over one checkpoint.
 
-    python eval.py                                              all suites, the newest checkpoint of the default run
+    python eval.py                                     all suites, the newest checkpoint of the default run
     python eval.py --suite=lm --tasks=boolq,piqa --checkpoint=out_gpt --out=results/gpt
-    python eval.py --suite=speed --model_config=config/fela_109m.py --out=results/cpu        needs no checkpoint
-    python eval.py --make_passkey=data/passkey                  text for config/passkey_tiny.py
+    python eval.py --suite=speed --model_config=config/fela_109m.py --out=results/cpu    needs no checkpoint
+    python eval.py --make_passkey=data/passkey         text for config/passkey_tiny.py
 
-The same command again goes on where it was interrupted. The folder of the results gets README.md with every table,
-picture and protocol, and meta.json with the checkpoint's sha256, commit, hardware, versions, seeds and knobs.
+The same command again goes on where it was interrupted. The folder of the results gets README.md with every
+table, picture and protocol, and meta.json with the checkpoint's sha256, commit, hardware, versions and knobs.
 """
-
 import ast
 import glob
-import hashlib
 import itertools
 import json
 import logging
 import math
 import os
-import platform
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -115,13 +111,14 @@ def picture(name, *panels):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.8), squeeze=False, layout='constrained')
-    for ax, (data, options) in zip(axes[0], panels):
+    fig = plt.figure(figsize=(4.8 * len(panels), 3.8), layout='constrained')
+    for i, (data, options) in enumerate(panels, 1):
+        ax = fig.add_subplot(1, len(panels), i)
         for (label, (x, y, *band)), marker in zip(data.items(), 'osD^vP*X' * 9):
             if np.ndim(x) == 2:
                 image = ax.imshow(x, vmin=y, vmax=band[0], cmap='Blues', aspect='auto')
                 fig.colorbar(image, label=label)
-                for (row, column), v in np.ndenumerate(x if x.size < 99 else x[:0]):
+                for (row, column), v in np.ndenumerate(x):
                     colour = 'white' if image.norm(v) > 0.6 else 'black'
                     ax.text(column, row, f'{round(v, 2) + 0:g}', ha='center', va='center', color=colour)
             else:
@@ -169,7 +166,7 @@ def autocast():
 
 @torch.inference_mode()
 def score(model, idx, targets, state=None):
-    """idx, targets (B,T), -1: none -> log-probability of each target (B,T), and whether it is the most probable
+    """idx, targets (B,T), -1: none -> log-probability of each target (B,T), and whether it is the most likely
     token. Logits are made at targets only, a few at a time, as they are large."""
     idx, targets = idx.to(device), targets.to(device)
     with autocast():
@@ -183,7 +180,6 @@ def score(model, idx, targets, state=None):
 
 
 # -- lm: the tasks of lm-eval
-
 FIELDS = {'wikitext': 'page', 'boolq': 'passage question label', 'piqa': 'goal sol1 sol2 label',
           'hellaswag': 'activity_label ctx_a ctx_b endings label', 'arc_easy': 'question choices answerKey',
           'winogrande': 'sentence option1 option2 answer'}
@@ -239,8 +235,9 @@ def lm_adapter(model, tokenizer):
         prompt = tokenizer.encode(text)[-max(1, longest - max_gen_toks):] or [tokenizer.eot]
         made, text = [], ''
         with autocast():
-            for token in model.stream(torch.tensor([prompt], device=device), max_gen_toks, top_k=top_k, top_p=top_p,
-                                      temperature=temperature if do_sample else 0.0, generator=generator):
+            for token in model.stream(
+                    torch.tensor([prompt], device=device), max_gen_toks, top_k=top_k, top_p=top_p,
+                    temperature=temperature if do_sample else 0.0, generator=generator):
                 if token.item() == tokenizer.eot:
                     break
                 made.append(token.item())
@@ -262,8 +259,9 @@ def local_task(task):
             missing = set(FIELDS.get(task, '').split()) - dict(json.loads(line)).keys()
         if missing:
             die(f'{found[0]}, line {i}: no {missing.pop()!r}; expected an object with {FIELDS.get(task)}')
-    return {'task': task, 'dataset_path': 'json', 'dataset_name': None, 'training_split': None, 'test_split': None,
-            'validation_split': 'validation', 'dataset_kwargs': {'data_files': {'validation': found[0]}}}
+    files = {'data_files': {'validation': found[0]}}
+    return {'task': task, 'dataset_path': 'json', 'dataset_name': None, 'dataset_kwargs': files,
+            'training_split': None, 'validation_split': 'validation', 'test_split': None}
 
 
 def run_lm(model, tokenizer, names):
@@ -281,15 +279,13 @@ def run_lm(model, tokenizer, names):
             die(f'task_data={task_data!r}: no file there for {tasks}, as boolq.jsonl for boolq')
     try:
         loaded = lm_eval.simple_evaluate(
-            lm_adapter(model, tokenizer), tasks=members, limit=limit or None, bootstrap_iters=0, random_seed=seed,
-            numpy_random_seed=seed, torch_random_seed=seed)
-    except torch.OutOfMemoryError:
-        raise
+            lm_adapter(model, tokenizer), tasks=members, limit=limit or None, bootstrap_iters=0,
+            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed)
     except Exception as e:  # whatever a task, its data or the hub leads it to
         hint = '' if task_data else '; without the hub, --task_data=DIR takes local files'
         die(f'lm-eval: {type(e).__name__}: {" ".join(str(e).split())[:160]}{hint}', 1)
     for name, samples in loaded['samples'].items():
-        scores = {k.removesuffix(',none'): v for k, v in loaded['results'][name].items() if isinstance(v, float)}
+        scores = {k.removesuffix(',none'): v for k, v in loaded['results'][name].items() if type(v) is float}
         results[name] = scores | {'documents': len(samples)}
         if name in FIELDS and 'acc' in scores:
             labels = [sample['doc'][FIELDS[name].split()[-1]] for sample in samples]
@@ -300,35 +296,36 @@ def run_lm(model, tokenizer, names):
 
 
 def lm(run):
+    """lm-eval, zero-shot. wikitext: each token once, in windows of max_length tokens. Published on other data
+    and contexts, for wikitext, BoolQ, HellaSwag, ARC-E, PIQA, WinoGrande: GPT-2 124M (lm-eval 0.4) 37.37, -, 0.311,
+    0.438, -, 0.516; Mamba-130M (its table 3) -, -, 0.353, 0.480, 0.645, 0.519; GLA-340M (its table 2) 28.65,
+    0.587, 0.345, 0.451, 0.648, 0.514; FELA-1.13B (its paper) BoolQ 0.614."""
     results, left_out = run_lm(run.model, run.tokenizer, [name for name in tasks.split(',') if name])
-    write('lm_eval_results.json', {'results': results, 'left_out': left_out, 'lm_eval': version('lm_eval'),
-                                   'max_length': max_length, 'limit': limit, 'tokenizer': run.tokenizer.name})
-    rows = []
+    note, rows = {'lm_eval': version('lm_eval'), 'tokenizer': run.tokenizer.name, 'left_out': left_out}, []
+    write('lm_eval_results.json', {'results': results, 'max_length': max_length, 'limit': limit, **note})
     for task, scores in results.items():
         metric = {'wikitext': 'word_perplexity', 'hellaswag': 'acc_norm'}.get(task) or next(iter(scores))
-        rows.append({'task': task, 'documents': scores['documents'], 'metric': metric, 'value': scores[metric]})
-        if 'majority' in scores:
-            error = math.sqrt(scores[metric] * (1 - scores[metric]) / scores['documents'])
-            rows[-1] |= {'standard error': error, 'majority class': scores['majority']}
-    return {'table': rows, 'protocol': (
-        f'lm-eval {version("lm_eval")}, zero-shot, at most {max_length or "all"} tokens ({run.tokenizer.name}) of '
-        'context and continuation; wikitext: each token once in windows of that length. Published on other data and '
-        'contexts, for wikitext, BoolQ, HellaSwag, ARC-E, PIQA, WinoGrande: GPT-2 124M (lm-eval 0.4) 37.37, -, '
-        '0.311, 0.438, -, 0.516; Mamba-130M (its table 3) -, -, 0.353, 0.480, 0.645, 0.519; GLA-340M (its table 2) '
-        '28.65, 0.587, 0.345, 0.451, 0.648, 0.514; FELA-1.13B (its paper) BoolQ 0.614.')}
+        value, n, majority = scores[metric], scores['documents'], scores.get('majority')
+        rows.append({'task': task, 'documents': n, 'metric': metric, 'value': value})
+        if majority:
+            error = math.sqrt(value * (1 - value) / n)
+            rows[-1] |= {'standard error': error, 'majority class': majority}
+    return {'table': rows, 'pictures': [], 'note': note}
 
 
 # -- longctx: bits per byte of the same targets after more and more context
-
 def longctx(run):
+    """Blocks of targets, spread over the text; the same at every context. The model reads exactly the context,
+    from a fresh state, then the block with its true tokens. 95% intervals: 10,000 paired bootstrap draws of blocks.
+    The paper: 1.78 bits per byte at 256, 1.49 at 32K (1.13B parameters, WikiText-103)."""
     (tokens, source), sizes, need = text_tokens(run), sorted(set(numbers(contexts))), block_tokens * blocks
     if sizes[0] < 1 or len(tokens) < sizes[-1] + need:
         fit = ','.join(str(c) for c in sizes if 1 <= c <= len(tokens) - need)
-        die(f'{source} has {len(tokens):,} tokens, contexts={contexts!r} and {blocks} blocks of {block_tokens} '
-            f'need {sizes[-1] + need:,}: ' + (f'--contexts={fit} is possible' if fit else 'expected a longer text'))
+        die(f'{source} has {len(tokens):,} tokens, {blocks} blocks of {block_tokens} after contexts={contexts!r} '
+            f'need {sizes[-1] + need:,}: expected a longer text or --contexts={fit}')
     starts = np.linspace(sizes[-1], len(tokens) - block_tokens, blocks).astype(int)
-    text = [tokens[s:s + block_tokens] for s in starts]
-    size = np.array([len(run.tokenizer.decode_bytes(part[part != run.tokenizer.eot])) for part in text])  # bytes
+    text = [[t for t in tokens[s:s + block_tokens] if t != run.tokenizer.eot] for s in starts]
+    size = np.array([len(run.tokenizer.decode_bytes(block)) for block in text])  # bytes
     draws = np.random.default_rng(seed).integers(blocks, size=(10000, blocks))  # at every context: paired
     found, rows, base = {}, [], max([c for c in sizes if c <= run.block_size], default=sizes[0])
     for c in sizes:
@@ -349,20 +346,15 @@ def longctx(run):
             low, high = np.quantile(values[1:], (0.025, 0.975)).tolist()
             rows[-1] |= {key: values[0].item(), f'{key}_low': low, f'{key}_high': high}
     write_csv('longctx_bpb.csv', rows, ' '.join(rows[0]))
-    panels = [({f'trained with {run.block_size:,} tokens; 95% interval':
-                (sizes, *([row[key + end] for row in rows] for end in ('', '_low', '_high')))},
-               token_axis(sizes, 'context before the targets (tokens)') | {'ylabel': label})
-              for key, label in (('bpb', 'bits per byte of the same targets'),
-                                 ('change', f'bits per byte, less those after {base:,} tokens'))]
-    return {'table': rows, 'pictures': picture('longctx_bpb.png', *panels), 'protocol': (
-        f'{blocks} blocks of {block_tokens} targets ({size.sum():,} bytes), spread over the {source} from token '
-        f'{sizes[-1]:,} on. The model reads exactly the context, from a fresh state, then the block with its true '
-        f'tokens. 95% intervals of 10,000 paired bootstrap draws of blocks; change: against {base:,} tokens. '
-        'The paper: 1.78 bits per byte at 256, 1.49 at 32K (1.13B, WikiText-103).')}
+    panels, axis = [], token_axis(sizes, 'context before the targets (tokens)')
+    for key, label in (('bpb', 'bits per byte'), ('change', f'bits per byte - those after {base:,} tokens')):
+        line = sizes, *([row[key + end] for row in rows] for end in ('', '_low', '_high'))
+        panels.append(({f'trained with {run.block_size:,} tokens': line}, axis | {'ylabel': label}))
+    note = {'text': source, 'bytes': size.sum().item(), 'trained_length': run.block_size, 'change_from': base}
+    return {'table': rows, 'pictures': picture('longctx_bpb.png', *panels), 'note': note}
 
 
 # -- needle: passkey retrieval
-
 _FILLER = 'The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. '
 _NEEDLE = 'The pass key is {0}. Remember it. {0} is the pass key. '
 _QUESTION = 'What is the pass key? The pass key is'
@@ -380,12 +372,14 @@ def passkey_prompt(tokenizer, hay, length, depth, rng, needle=True):
 
 
 def needle(run):
+    """A five-digit passkey in repeated sentences, or in a text: the share of prompts where greedy decoding says
+    all five digits, at each depth (0: at the start). control: the same questions where nothing tells the key."""
     tok, sizes, depths = run.tokenizer, sorted(set(numbers(needle_lengths))), numbers(needle_depths, float)
-    hay, least = tok.encode(read_text(haystack) if haystack else _FILLER), 8 + len(tok.encode(_NEEDLE + _QUESTION))
+    hay = tok.encode(read_text(haystack) if haystack else _FILLER)
+    least = len(tok.encode(_NEEDLE + _QUESTION)) + 8
     if sizes[0] < least or max(depths) > 1 or not hay:
-        die(f'needle_lengths={needle_lengths!r}, needle_depths={needle_depths!r}, haystack={haystack!r}: expected '
-            f'at least {least} tokens, depths of 0 to 1 and some text')
-
+        die(f'needle_lengths={needle_lengths!r}, needle_depths={needle_depths!r}, haystack={haystack!r}: '
+            f'expected at least {least} tokens, depths of 0 to 1 and some text')
     cells, rows = [], []
     for n in sizes:
         rows.append({'length': n, 'beyond_training': n > run.block_size})
@@ -398,25 +392,24 @@ def needle(run):
                 with autocast():
                     _, state = run.model.prefill(idx[:, :n - 1])
                 log_probs, greedy = score(run.model, idx[:, n - 1:], torch.tensor([answer]), state)
-                found.append((greedy.all(), log_probs.sum()))  # greedy decoding says it if each token is on top
+                found.append((greedy.all(), log_probs.sum()))  # greedy decoding says it: each token is on top
             exact, log_prob = np.mean(found, 0).tolist()
             if d is None:
                 rows[-1]['control'], control = exact, log_prob
             else:
-                rows[-1][f'depth {d}'], told = exact, (log_prob - control) / math.log(2)
-                cells.append({'length': n, 'depth': d, 'exact': exact, 'log_prob': log_prob, 'told_bits': told})
-    write('needle_heatmap.json', {'cells': cells, 'trained_length': run.block_size, 'needle': _NEEDLE,
-                                  'question': _QUESTION, 'haystack': os.path.basename(haystack) or _FILLER})
-    axes = token_axis(sizes, 'length of the prompt (tokens)') | {
-        'xscale': 'linear', 'xticks': range(len(sizes)), 'yticks': range(len(depths)), 'yticklabels': depths,
-        'ylabel': 'depth of the passkey in it (share)'}
-    panels = [({label: (np.reshape([cell[key] for cell in cells], (len(sizes), -1)).T, 0, most)}, axes)
-              for key, label, most in (('exact', 'share of passkeys found', 1),
-                                       ('told_bits', 'bits that the needle tells of a passkey', math.log2(90000)))]
-    return {'table': rows, 'pictures': picture('needle_heatmap.png', *panels), 'protocol': (
-        f'A five-digit passkey in {"a text" if haystack else "repeated sentences"}; of {needle_seeds} prompts for '
-        'each length and depth, the share where greedy decoding says all five digits. control: the same questions '
-        f'where nothing tells the key. Trained with {run.block_size:,} tokens of context.')}
+                rows[-1][f'depth {d}'] = exact
+                cells.append({'length': n, 'depth': d, 'exact': exact, 'log_prob': log_prob,
+                              'bits_told': (log_prob - control) / math.log(2)})
+    note = {'trained_length': run.block_size, 'needle': _NEEDLE, 'question': _QUESTION}
+    write('needle_heatmap.json', {'cells': cells, **note})
+    axes = {'xlabel': 'length of the prompt (tokens)', 'xticks': range(len(sizes)), 'xticklabels': sizes,
+            'ylabel': 'depth of the passkey (share)', 'yticks': range(len(depths)), 'yticklabels': depths}
+    panels, most = [], {'exact': ('share of passkeys found', 1),
+                        'bits_told': ('bits that the needle tells of a passkey', math.log2(90000))}
+    for key, (label, high) in most.items():
+        values = np.reshape([cell[key] for cell in cells], (len(sizes), -1)).T
+        panels.append(({label: (values, 0, high)}, axes))
+    return {'table': rows, 'pictures': picture('needle_heatmap.png', *panels), 'note': note}
 
 
 def write_passkeys():
@@ -431,13 +424,12 @@ def write_passkeys():
             between = [(_FILLER * 3)[start:start + int(size) - 1] for start, size in zip(starts, sizes)]
             text = ''.join(map(str.__add__, between, told)).format(key)
             file.write(json.dumps({'text': text[:rng.integers(128, 512)]}) + '\n')
-    sys.exit(subprocess.run([
-        sys.executable, os.path.join(_HERE, 'prepare.py'), '--dataset=passkey', f'--data_files={path}',
-        '--tokenizer=bytes', '--val_fraction=0.02', f'--out_dir={make_passkey}']).returncode)
+    command = [sys.executable, os.path.join(_HERE, 'prepare.py'), '--dataset=passkey', '--tokenizer=bytes',
+               f'--data_files={path}', '--val_fraction=0.02', f'--out_dir={make_passkey}']
+    sys.exit(subprocess.run(command).returncode)
 
 
 # -- speed: train, prefill and decode, FELA beside softmax attention of the same shape
-
 _STEPS = 16  # decoded in a repetition
 
 
@@ -518,6 +510,11 @@ def measure(cells, shape, bandwidth):
 
 
 def speed(run, cells, keep):
+    """Arms take turns in one process, the first call apart; median and quartiles. train: forward, backward,
+    clip, AdamW; fp32 weights, autocast. prefill: weights in dtype, logits of the last position. decode: greedy,
+    after really reading so many tokens, seconds of one step; a KV cache that grows is not compiled. times_as_long:
+    as the first arm. floor: bytes of weights and state over the measured bandwidth. held: state or KV cache.
+    peak: above what is held at rest, by the allocator of CUDA; on a CPU it is left out."""
     names, path, knobs, panels = arms.split(','), os.path.join(_HERE, 'train.py'), {}, {}
     shape = vars(run.model.config) if run else {}
     if model_config:
@@ -535,7 +532,7 @@ def speed(run, cells, keep):
         now = [case | {'arm': arm} for arm in names]
         measure(now, shape, bandwidth)
         keep(cells := cells + now)
-        print(*case.values(), *(f'{c["arm"]}: {c["status"]} {c.get("seconds", 0):.4g} s' for c in now), flush=True)
+        print(case, [(cell['arm'], cell['status'], cell.get('seconds')) for cell in now], flush=True)
     for cell in cells:
         label = f'{cell["arm"]}, {cell.get("mode")}, rows: {cell["batch"]}'
         x, y = panels.setdefault(cell['kind'], {}).setdefault(label, ([], []))
@@ -550,33 +547,32 @@ def speed(run, cells, keep):
     write_csv('vram.csv', cells, what + 'weight_bytes held_bytes peak_bytes')
     keys = f'{what}{rate}times_as_long held_bytes peak_bytes'.split()
     table = [{key: cell[key] for key in keys if key in cell} for cell in cells]
-    return {'table': table, 'shape': shape, 'pictures': picture('speed.png', *panels), 'protocol': (
-        'Arms take turns in one process, the first call apart; median and quartiles. train: forward, backward, clip, '
-        'AdamW; fp32 weights, autocast. prefill: weights in dtype, logits of the last position. decode: greedy, after '
-        'really reading so many tokens, seconds of one step; a KV cache that grows is not compiled. floor: bytes of '
-        f'weights and state at {bandwidth / 1e9:.0f} GB/s, as measured. held: state or KV cache. peak: above what is '
-        'held at rest, by the allocator of CUDA; on a CPU it is left out.')}
+    note = {'shape': shape, 'bytes_per_second': round(bandwidth)}
+    return {'table': table, 'pictures': picture('speed.png', *panels), 'note': note}
 
 
 # -- interpret: filters, gates, logit lens
-
 @torch.inference_mode()
 def interpret(run):
-    model, (tokens, source), tops, filters = run.model, text_tokens(run), [], []
+    """centroid: of the spectra of the effective taps, in cycles per token, median and quartiles over channels.
+    gate: the share of the state that a token keeps, mean over 8 x 1,024 tokens. Logit lens on the same: last norm
+    and output weights after every layer; committed: the share of final predictions that are on top from here on.
+    The paper (12 layers): mean gate 0.65-0.72 early, 0.91 deep; predictions commit by layer 6."""
+    model, (tokens, source), tops = run.model, text_tokens(run), []
     if len(tokens) < 512:
         die(f'{source} has {len(tokens)} tokens: expected at least 512')
     idx = torch.tensor(tokens[:len(tokens) // 8 * 8].reshape(8, -1)[:, :1024], device=device)  # (8,T)
-    rows, quartiles = [{'layer': i} for i in range(len(model.blocks) + 1)], torch.tensor((0.5, 0.25, 0.75))
+    layers, keys = range(len(model.blocks) + 1), ('centroid', 'centroid_q1', 'centroid_q3')
+    rows = [{'layer': i} for i in layers]
     with autocast():
         x = model.embedding(idx)
         for row, block in zip(rows, [None, *model.blocks]):
             mixer = block and block.mixer
             if hasattr(mixer, 'effective_taps'):
                 power = torch.fft.rfft(mixer.effective_taps().float().cpu(), 16384, 0).abs().square()
-                centroid = torch.linspace(0, 0.5, len(power)) @ power / power.sum(0)  # cycles per token (C,)
-                row['centroid'], *_ = centroid.quantile(quartiles).tolist()
-                filters.append((row['layer'], *centroid.quantile(quartiles).tolist()))
-            if hasattr(mixer, 'decay_up'):  # the gate: the share of the state that a token keeps
+                centroid = torch.linspace(0, 0.5, len(power)) @ power / power.sum(0)  # (C,)
+                row |= zip(keys, centroid.quantile(torch.tensor((0.5, 0.25, 0.75))).tolist())
+            if hasattr(mixer, 'decay_up'):
                 decay = mixer.decay_up(mixer.decay_down(block.norm1(x))).float().sigmoid()
                 row['gate'] = (mixer.floor * decay).exp().mean().item()
             x = block(x)[0] if block else x
@@ -586,69 +582,49 @@ def interpret(run):
     final = torch.stack([top == tops[-1] for top in tops]).flip(0).cumprod(0).flip(0)  # from this layer on
     for row, share in zip(rows, final.float().mean(1).tolist()):
         row['committed'] = share
-    lines = {label: ([row['layer'] for row in rows if key in row], [row[key] for row in rows if key in row])
-             for key, label in (('committed', 'predictions that are final'), ('gate', 'state that a token keeps'))}
-    panels = [(lines, {'xlabel': 'layer (0: embedding)', 'ylabel': 'share'})]
-    if filters:
-        panels.append(({'median filter, and half of all filters': [*zip(*filters)]}, {
-            'xlabel': 'layer', 'ylabel': 'spectral centroid (cycles per token)'}))
-    return {'table': rows, 'pictures': picture('interpret.png', *panels), 'protocol': (
-        'centroid: of the spectrum of the effective taps, in cycles per token, median over channels. gate (mean) and '
-        f'logit lens on 8 x {idx.shape[1]} tokens of the {source}: last norm and output weights after every layer; '
-        'committed: the share of final predictions that are on top from here on. The paper (12 layers): mean gate '
-        '0.65-0.72 early, 0.91 deep; predictions commit by layer 6.')}
+    lines = {key: [row.get(key, math.nan) for row in rows] for key in (*keys, 'gate', 'committed')}
+    shares = {'predictions that are final': (layers, lines['committed']), 'mean gate': (layers, lines['gate'])}
+    filters = {'median filter, and half of all filters': (layers, *(lines[key] for key in keys))}
+    panels = [(shares, {'xlabel': 'layer (0: embedding)', 'ylabel': 'share'}),
+              (filters, {'xlabel': 'layer', 'ylabel': 'spectral centroid (cycles per token)'})]
+    return {'table': rows, 'pictures': picture('interpret.png', *panels), 'note': {'text': source}}
 
 
 # -- the run
-
 def page(meta):
     """README.md of the results: tables, pictures and protocols"""
-    lines = [f'# {os.path.basename(os.path.abspath(out))}', '', 'Written by `eval.py`; knobs and hashes: meta.json.']
+    lines = ['# Results', '', 'Written by `eval.py`; hashes and knobs: meta.json.']
     for name, record in meta.items():
-        pictures = [f'![{picture}]({picture})' for picture in record['pictures']]
-        lines += ['', f'## {name}', '', *table_lines(record['table']), '', *pictures, '', record['protocol'], '']
-        lines += ['{source}; {hardware}; torch {torch}; {dtype}; commit {commit}; {date}'.format(**record)]
+        lines += ['', f'## {name}', '', *table_lines(record['table']), '']
+        lines += [f'![{picture}]({picture})' for picture in record['pictures']] + ['', record['protocol'], '']
+        lines += ['{note}; {source}; {hardware}; torch {torch}; {dtype}; {commit}; {date}'.format(**record)]
         lines += ['', f'    {record["command"]}']
     return '\n'.join(lines) + '\n'
 
 
-def open_results():
-    """-> what meta.json says of finished suites"""
-    os.makedirs(out, exist_ok=True)
-    try:
-        with open(os.path.join(out, 'meta.json')) as file:
-            page(meta := json.load(file))
-        return meta
-    except FileNotFoundError:
-        if set(os.listdir(out)) - {'unfinished.tmp'}:
-            die(f'{out} holds something else than results of eval.py: expected another --out')
-        return {}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        die(f'{out}/meta.json is not of eval.py: expected another --out')
-
-
 def environment():
-    commit, name = 'unknown', platform.machine()
+    commit = name = 'unknown'
     with suppress(OSError, subprocess.CalledProcessError):
         command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
         commit = subprocess.check_output(command, cwd=_HERE, text=True, stderr=subprocess.DEVNULL).strip()
     with suppress(OSError, StopIteration), open('/proc/cpuinfo') as file:
         name = next(line.partition(': ')[2].strip() for line in file if line.startswith('model name'))
-    name = torch.cuda.get_device_name() if device.startswith('cuda') else f'{name}, {torch.get_num_threads()} threads'
+    name = torch.cuda.get_device_name() if device.startswith('cuda') else name
+    name = f'{name}, {torch.get_num_threads()} threads'
     return {'hardware': name, 'torch': torch.__version__, 'commit': commit}
 
 
 def check():
     """Refuses what cannot work before anything is measured -> names of the suites"""
     global device, dtype
-    for key, words in (('suite', 'all ' + ' '.join(SUITES)), ('kinds', 'train prefill decode'), ('compile', 'off on')):
-        for word in globals()[key].split(','):
-            require({key: word}, **{key: words})
+    words = {'suite': 'all ' + ' '.join(SUITES), 'kinds': 'train prefill decode', 'compile': 'off on'}
+    for key, word in ((key, word) for key in words for word in globals()[key].split(',')):
+        require({key: word}, **{key: words[key]})
     if '' in arms.split(',') or set(arms.replace('FELA', '')) - set('SLA,'):
         die(f'arms={arms!r}: expected FELA or patterns of S, L and A, with commas')
-    require(globals(), dtype='auto float32 bfloat16 float16', blocks=(2, math.inf),
-            **dict.fromkeys('batch_size block_tokens needle_seeds repetitions vocab_size'.split(), (1, math.inf)),
-            **dict.fromkeys('limit max_length seed max_cell_seconds'.split(), (0, math.inf)))
+    least = dict.fromkeys('batch_size block_tokens needle_seeds repetitions vocab_size'.split(), (1, 1 << 60))
+    least |= dict.fromkeys('limit max_length seed max_cell_seconds'.split(), (0, 1 << 60))
+    require(globals(), dtype='auto float32 bfloat16 float16', **least, blocks=(2, 1 << 60))
     device, dtype, _ = pick_device(device, dtype)
     names = list(SUITES) if suite == 'all' else suite.split(',')
     if 'lm' in names:
@@ -674,7 +650,14 @@ def main():
         folder = os.path.abspath(checkpoint if os.path.isdir(checkpoint) else os.path.dirname(checkpoint))
         folder = f'{config["dataset"]}_default' if checkpoint == 'out' else folder
     out = out or os.path.join('results', os.path.basename(folder))
-    meta = open_results()
+    os.makedirs(out, exist_ok=True)
+    meta = {}
+    try:
+        if set(os.listdir(out)) - {'unfinished.tmp'}:
+            with open(os.path.join(out, 'meta.json')) as file:
+                page(meta := json.load(file))
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        die(f'{out} holds something else than results of this eval.py: expected another --out')
 
     def keep(record):
         meta[name] = record
@@ -682,15 +665,16 @@ def main():
         write('README.md', page(meta))
     for name in names:
         knobs, where = {k: globals()[k] for k in SUITES[name].split()}, environment()
-        key = json.dumps([source, seed, dtype, knobs, where if name == 'speed' else 0])
-        key, old = hashlib.sha256(key.encode()).hexdigest(), {} if overwrite else meta.get(name, {})
+        key = json.dumps([source, seed, dtype, knobs, where if name == 'speed' else None])
+        old = {} if overwrite else meta.get(name, {})
         print(f'\n-- {name}', flush=True)
         if old.get('key') == key and 'cells' not in old:
             print('done before with this checkpoint and these knobs (--overwrite=True measures again)')
         else:
-            record = {'key': key, 'source': source, 'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]),
-                      'date': time.strftime('%Y-%m-%d'), 'dtype': dtype, 'seed': seed, 'knobs': knobs, **where,
-                      'table': [{'status': 'unfinished'}], 'pictures': [], 'protocol': ''}
+            record = {'key': key, 'source': source, 'command': ' '.join(['python eval.py', *sys.argv[1:]]),
+                      'dtype': dtype, 'knobs': knobs, 'date': time.strftime('%Y-%m-%d'), **where,
+                      'table': [{'status': 'unfinished'}], 'pictures': [], 'note': {},
+                      'protocol': ' '.join(globals()[name].__doc__.split())}
             if name == 'speed':
                 cells = old['cells'] if old.get('key') == key else []
                 keep(record | speed(run, cells, lambda cells: keep(record | {'cells': cells})))

@@ -214,7 +214,7 @@ def lm_adapter(model, tokenizer):
                 for row, (_, tokens, place) in zip(targets, part):
                     row[place] = tokens.roll(-1)[place]
                 for (i, _, place), log_probs, greedy in zip(part, *score(model, idx, targets)):
-                    results[i] = log_probs[place].double().sum().item(), greedy[place].all().item()
+                    results[i] = log_probs[place].double().numpy().sum().item(), greedy[place].all().item()
             return results
 
         def loglikelihood_rolling(self, requests, **kwargs):

@@ -11,7 +11,6 @@ table, picture and protocol, and meta.json with the checkpoint's sha256, commit,
 """
 import ast
 import glob
-import itertools
 import json
 import logging
 import math
@@ -22,7 +21,6 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import fields
-from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,6 +72,10 @@ SUITES = {  # and the knobs that change their results
     'needle': 'needle_lengths needle_depths needle_seeds haystack', 'interpret': 'text_file',
     'speed': 'model_config vocab_size kinds arms compile lengths batches repetitions max_cell_seconds'}
 _HERE = os.path.dirname(os.path.abspath(__file__))
+_FILLER = 'The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. '
+_NEEDLE = 'The pass key is {0}. Remember it. {0} is the pass key. '
+_QUESTION = 'What is the pass key? The pass key is'
+_STEPS = 16  # decoded in a repetition
 
 
 def write(name, value):
@@ -116,11 +118,9 @@ def picture(name, *panels):
         ax = fig.add_subplot(1, len(panels), i)
         for (label, (x, y, *band)), marker in zip(data.items(), 'osD^vP*X' * 9):
             if np.ndim(x) == 2:
-                image = ax.imshow(x, vmin=y, vmax=band[0], cmap='Blues', aspect='auto')
-                fig.colorbar(image, label=label)
+                fig.colorbar(ax.imshow(x, vmin=y, vmax=band[0], cmap='Wistia', aspect='auto'), label=label)
                 for (row, column), v in np.ndenumerate(x):
-                    colour = 'white' if image.norm(v) > 0.6 else 'black'
-                    ax.text(column, row, f'{round(v, 2) + 0:g}', ha='center', va='center', color=colour)
+                    ax.text(column, row, f'{round(v, 2) + 0:g}', ha='center', va='center')
             else:
                 ax.plot(x, y, marker=marker, markersize=4, label=label)
                 ax.fill_between(x, *(band or (y, y)), alpha=0.15, linewidth=0)
@@ -131,11 +131,6 @@ def picture(name, *panels):
     fig.savefig(os.path.join(out, name), dpi=120)
     plt.close(fig)
     return [name]
-
-
-def token_axis(values, label):
-    ticks = [f'{n >> 10}K' if n and n % 1024 == 0 else f'{n:,}' for n in values]
-    return {'xscale': 'log', 'xticks': values, 'xticklabels': ticks, 'xlabel': label}
 
 
 def read_text(path):
@@ -175,8 +170,8 @@ def score(model, idx, targets, state=None):
     for x, t in zip(h[wanted].float().split(256), targets[wanted].split(256)):
         logits = model.logits(x)
         parts.append((-F.cross_entropy(logits, t, reduction='none'), logits.argmax(-1) == t))
-    parts = map(torch.cat, zip(*parts))
-    return [part.new_zeros(targets.shape).masked_scatter(wanted, part).cpu() for part in parts]
+    return [torch.zeros(targets.shape, dtype=part.dtype).masked_scatter(wanted.cpu(), part.cpu())
+            for part in map(torch.cat, zip(*parts))]
 
 
 # -- lm: the tasks of lm-eval
@@ -228,12 +223,11 @@ def lm_adapter(model, tokenizer):
             return sums
 
         def generate_until(self, requests, **kwargs):
-            return [generate(text, **normalize_gen_kwargs(options)) for text, options in tqdm(
-                [request.args for request in requests], 'generation', disable=None, leave=False)]
+            rows = tqdm(requests, 'generation', disable=None, leave=False)
+            return [generate(row.args[0], **normalize_gen_kwargs(row.args[1])) for row in rows]
 
     def generate(text, until, max_gen_toks, do_sample, temperature=1.0, top_k=0, top_p=1.0):
-        prompt = tokenizer.encode(text)[-max(1, longest - max_gen_toks):] or [tokenizer.eot]
-        made, text = [], ''
+        made, prompt = [], tokenizer.encode(text)[-max(1, longest - max_gen_toks):] or [tokenizer.eot]
         with autocast():
             for token in model.stream(
                     torch.tensor([prompt], device=device), max_gen_toks, top_k=top_k, top_p=top_p,
@@ -244,7 +238,7 @@ def lm_adapter(model, tokenizer):
                 text = tokenizer.decode(made)
                 if ends := [text.find(stop) for stop in until if stop and stop in text]:
                     return text[:min(ends)]
-        return text
+        return tokenizer.decode(made)
     return Adapter()
 
 
@@ -259,70 +253,60 @@ def local_task(task):
             missing = set(FIELDS.get(task, '').split()) - dict(json.loads(line)).keys()
         if missing:
             die(f'{found[0]}, line {i}: no {missing.pop()!r}; expected an object with {FIELDS.get(task)}')
-    files = {'data_files': {'validation': found[0]}}
-    return {'task': task, 'dataset_path': 'json', 'dataset_name': None, 'dataset_kwargs': files,
-            'training_split': None, 'validation_split': 'validation', 'test_split': None}
+    return {'task': task, 'dataset_path': 'json', 'dataset_name': None, 'training_split': None,
+            'test_split': None, 'validation_split': 'v', 'dataset_kwargs': {'data_files': {'v': found[0]}}}
 
 
-def run_lm(model, tokenizer, names):
-    """-> {task: scores, with the majority baseline}, tasks left out for lack of a file"""
+def lm(run):
+    """lm-eval, zero-shot. wikitext: each token once, in windows of max_length tokens. Published on other data,
+    for wikitext, BoolQ, HellaSwag, ARC-E, PIQA, WinoGrande: GPT-2 124M 37.37, -, 0.311, 0.438, -, 0.516;
+    Mamba-130M (its table 3) -, -, 0.353, 0.480, 0.645, 0.519; GLA-340M (its table 2) 28.65, 0.587, 0.345, 0.451,
+    0.648, 0.514; FELA-1.13B BoolQ 0.614."""
     import datasets
     import lm_eval
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    members, left_out, results = names, [], {}
+    members, left_out, results, rows = tasks.split(','), [], {}, []
     if task_data:
-        local = {name: local_task(name) for name in names}
-        left_out = [name for name in names if not local[name]]
+        local = {name: local_task(name) for name in members}
+        left_out = [name for name in local if not local[name]]
         members = [{'group': 'local', 'task': [task for task in local.values() if task]}]
-        if left_out == names:
+        if len(left_out) == len(local):
             die(f'task_data={task_data!r}: no file there for {tasks}, as boolq.jsonl for boolq')
     try:
         loaded = lm_eval.simple_evaluate(
-            lm_adapter(model, tokenizer), tasks=members, limit=limit or None, bootstrap_iters=0,
+            lm_adapter(run.model, run.tokenizer), tasks=members, limit=limit or None, bootstrap_iters=0,
             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed)
     except Exception as e:  # whatever a task, its data or the hub leads it to
         hint = '' if task_data else '; without the hub, --task_data=DIR takes local files'
         die(f'lm-eval: {type(e).__name__}: {" ".join(str(e).split())[:160]}{hint}', 1)
-    for name, samples in loaded['samples'].items():
-        scores = {k.removesuffix(',none'): v for k, v in loaded['results'][name].items() if type(v) is float}
-        results[name] = scores | {'documents': len(samples)}
-        if name in FIELDS and 'acc' in scores:
-            labels = [sample['doc'][FIELDS[name].split()[-1]] for sample in samples]
-            if name == 'arc_easy':
-                labels = [s['doc']['choices']['label'].index(label) for s, label in zip(samples, labels)]
-            results[name]['majority'] = max(map(labels.count, labels)) / len(labels)
-    return results, left_out
-
-
-def lm(run):
-    """lm-eval, zero-shot. wikitext: each token once, in windows of max_length tokens. Published on other data
-    and contexts, for wikitext, BoolQ, HellaSwag, ARC-E, PIQA, WinoGrande: GPT-2 124M (lm-eval 0.4) 37.37, -, 0.311,
-    0.438, -, 0.516; Mamba-130M (its table 3) -, -, 0.353, 0.480, 0.645, 0.519; GLA-340M (its table 2) 28.65,
-    0.587, 0.345, 0.451, 0.648, 0.514; FELA-1.13B (its paper) BoolQ 0.614."""
-    results, left_out = run_lm(run.model, run.tokenizer, [name for name in tasks.split(',') if name])
-    note, rows = {'lm_eval': version('lm_eval'), 'tokenizer': run.tokenizer.name, 'left_out': left_out}, []
-    write('lm_eval_results.json', {'results': results, 'max_length': max_length, 'limit': limit, **note})
-    for task, scores in results.items():
+    for task, samples in loaded['samples'].items():
+        scores = {k.removesuffix(',none'): v for k, v in loaded['results'][task].items() if type(v) is float}
         metric = {'wikitext': 'word_perplexity', 'hellaswag': 'acc_norm'}.get(task) or next(iter(scores))
-        value, n, majority = scores[metric], scores['documents'], scores.get('majority')
+        results[task], n, value = scores, len(samples), scores[metric]
         rows.append({'task': task, 'documents': n, 'metric': metric, 'value': value})
-        if majority:
-            error = math.sqrt(value * (1 - value) / n)
-            rows[-1] |= {'standard error': error, 'majority class': majority}
+        if task in FIELDS and 'acc' in scores:
+            labels = [sample['doc'][FIELDS[task].split()[-1]] for sample in samples]
+            if task == 'arc_easy':  # the key of the answer is one of its own keys
+                labels = [s['doc']['choices']['label'].index(key) for s, key in zip(samples, labels)]
+            majority = max(map(labels.count, labels)) / n
+            rows[-1] |= {'error': math.sqrt(value * (1 - value) / n), 'majority': majority}
+    note = {'lm_eval': lm_eval.__version__, 'tokenizer': run.tokenizer.name, 'max_length': max_length,
+            'limit': limit, 'left_out': left_out}
+    write('lm_eval_results.json', {'results': results, 'table': rows, 'config': note})
     return {'table': rows, 'pictures': [], 'note': note}
 
 
 # -- longctx: bits per byte of the same targets after more and more context
 def longctx(run):
-    """Blocks of targets, spread over the text; the same at every context. The model reads exactly the context,
-    from a fresh state, then the block with its true tokens. 95% intervals: 10,000 paired bootstrap draws of blocks.
+    """Blocks of targets, spread over a text; the same at every context. The model reads exactly the context,
+    from a fresh state, then the block with its true tokens. 95% intervals: 10,000 paired bootstrap draws.
     The paper: 1.78 bits per byte at 256, 1.49 at 32K (1.13B parameters, WikiText-103)."""
     (tokens, source), sizes, need = text_tokens(run), sorted(set(numbers(contexts))), block_tokens * blocks
-    if sizes[0] < 1 or len(tokens) < sizes[-1] + need:
-        fit = ','.join(str(c) for c in sizes if 1 <= c <= len(tokens) - need)
-        die(f'{source} has {len(tokens):,} tokens, {blocks} blocks of {block_tokens} after contexts={contexts!r} '
-            f'need {sizes[-1] + need:,}: expected a longer text or --contexts={fit}')
+    if sizes[0] < 2 or len(tokens) < sizes[-1] + need:
+        fit = ','.join(str(c) for c in sizes if 2 <= c <= len(tokens) - need)
+        die(f'{source} has {len(tokens):,} tokens; contexts={contexts!r} and {blocks} x {block_tokens} need '
+            f'{sizes[-1] + need:,}: expected a longer text or --contexts={fit}')
     starts = np.linspace(sizes[-1], len(tokens) - block_tokens, blocks).astype(int)
     text = [[t for t in tokens[s:s + block_tokens] if t != run.tokenizer.eot] for s in starts]
     size = np.array([len(run.tokenizer.decode_bytes(block)) for block in text])  # bytes
@@ -332,10 +316,9 @@ def longctx(run):
         bits, at_once = [], max(1, min(batch_size, (1 << 18) // c))
         for i in range(0, blocks, at_once):
             texts = np.stack([tokens[s - c:s + block_tokens] for s in starts[i:i + at_once]])
-            idx, state = torch.tensor(texts, device=device), None
-            if c > 1:
-                with autocast():
-                    _, state = run.model.prefill(idx[:, :c - 1])
+            idx = torch.tensor(texts, device=device)
+            with autocast():
+                _, state = run.model.prefill(idx[:, :c - 1])
             log_probs, _ = score(run.model, idx[:, c - 1:-1], idx[:, c:], state)
             bits += (-log_probs.double().sum(1) / math.log(2)).tolist()
         bits = np.array(bits)
@@ -346,20 +329,15 @@ def longctx(run):
             low, high = np.quantile(values[1:], (0.025, 0.975)).tolist()
             rows[-1] |= {key: values[0].item(), f'{key}_low': low, f'{key}_high': high}
     write_csv('longctx_bpb.csv', rows, ' '.join(rows[0]))
-    panels, axis = [], token_axis(sizes, 'context before the targets (tokens)')
+    axis, panels = {'xscale': 'log', 'xticks': sizes, 'xticklabels': sizes, 'xlabel': 'context (tokens)'}, []
     for key, label in (('bpb', 'bits per byte'), ('change', f'bits per byte - those after {base:,} tokens')):
         line = sizes, *([row[key + end] for row in rows] for end in ('', '_low', '_high'))
         panels.append(({f'trained with {run.block_size:,} tokens': line}, axis | {'ylabel': label}))
-    note = {'text': source, 'bytes': size.sum().item(), 'trained_length': run.block_size, 'change_from': base}
+    note = f'{source}, {size.sum():,} bytes; trained with {run.block_size:,} tokens; change: against {base:,}'
     return {'table': rows, 'pictures': picture('longctx_bpb.png', *panels), 'note': note}
 
 
 # -- needle: passkey retrieval
-_FILLER = 'The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. '
-_NEEDLE = 'The pass key is {0}. Remember it. {0} is the pass key. '
-_QUESTION = 'What is the pass key? The pass key is'
-
-
 def passkey_prompt(tokenizer, hay, length, depth, rng, needle=True):
     """-> (prompt of `length` tokens, tokens of the answer)"""
     key = rng.integers(10000, 100000)
@@ -372,8 +350,8 @@ def passkey_prompt(tokenizer, hay, length, depth, rng, needle=True):
 
 
 def needle(run):
-    """A five-digit passkey in repeated sentences, or in a text: the share of prompts where greedy decoding says
-    all five digits, at each depth (0: at the start). control: the same questions where nothing tells the key."""
+    """A five-digit passkey in repeated sentences, or in a text: the share of prompts where greedy decoding
+    says all its digits, by depth (0: at the start). control: the same questions, where nothing tells it."""
     tok, sizes, depths = run.tokenizer, sorted(set(numbers(needle_lengths))), numbers(needle_depths, float)
     hay = tok.encode(read_text(haystack) if haystack else _FILLER)
     least = len(tok.encode(_NEEDLE + _QUESTION)) + 8
@@ -400,21 +378,19 @@ def needle(run):
                 rows[-1][f'depth {d}'] = exact
                 cells.append({'length': n, 'depth': d, 'exact': exact, 'log_prob': log_prob,
                               'bits_told': (log_prob - control) / math.log(2)})
-    note = {'trained_length': run.block_size, 'needle': _NEEDLE, 'question': _QUESTION}
-    write('needle_heatmap.json', {'cells': cells, **note})
+    write('needle_heatmap.json', {'cells': cells, 'trained_length': run.block_size, 'needle': _NEEDLE})
     axes = {'xlabel': 'length of the prompt (tokens)', 'xticks': range(len(sizes)), 'xticklabels': sizes,
             'ylabel': 'depth of the passkey (share)', 'yticks': range(len(depths)), 'yticklabels': depths}
-    panels, most = [], {'exact': ('share of passkeys found', 1),
-                        'bits_told': ('bits that the needle tells of a passkey', math.log2(90000))}
-    for key, (label, high) in most.items():
-        values = np.reshape([cell[key] for cell in cells], (len(sizes), -1)).T
-        panels.append(({label: (values, 0, high)}, axes))
+    panels = [({label: (np.reshape([cell[key] for cell in cells], (len(sizes), -1)).T, 0, most)}, axes)
+              for key, most, label in (('exact', 1, 'share of passkeys found'),
+                                       ('bits_told', 16.5, 'bits that the needle tells of a passkey'))]
+    note = f'trained with {run.block_size:,} tokens; {needle_seeds} prompts a cell'
     return {'table': rows, 'pictures': picture('needle_heatmap.png', *panels), 'note': note}
 
 
 def write_passkeys():
-    """Passkey text as a dataset: documents of 128 to 512 bytes (of one size, their end would be learnt first), a
-    needle and then its key told again and again, mostly soon (learnt first), at times after many sentences."""
+    """Passkey text as a dataset: documents of 128 to 512 bytes (of one size, their end would be learnt), a
+    needle, then its key again and again, mostly soon (learnt first), at times after many sentences."""
     rng, path = np.random.default_rng(seed), os.path.join(make_passkey, 'passkey.jsonl')
     os.makedirs(make_passkey, exist_ok=True)
     with open(path, 'w') as file:
@@ -430,9 +406,6 @@ def write_passkeys():
 
 
 # -- speed: train, prefill and decode, FELA beside softmax attention of the same shape
-_STEPS = 16  # decoded in a repetition
-
-
 def speed_call(cell, shape):
     """-> what is timed, a function without arguments; the cell learns how it runs and how much it holds"""
     torch.manual_seed(seed)
@@ -453,7 +426,6 @@ def speed_call(cell, shape):
     token, step = x[:, 0].clone(), model.step
     if cell['kind'] == 'decode' and device.startswith('cuda') and not grows:
         step, cell['mode'] = model.capture_step(token, state), f'{cell["mode"]} CUDA graph'
-
     def train():
         with autocast():
             _, loss = model(x, y)
@@ -511,13 +483,13 @@ def measure(cells, shape, bandwidth):
 
 def speed(run, cells, keep):
     """Arms take turns in one process, the first call apart; median and quartiles. train: forward, backward,
-    clip, AdamW; fp32 weights, autocast. prefill: weights in dtype, logits of the last position. decode: greedy,
-    after really reading so many tokens, seconds of one step; a KV cache that grows is not compiled. times_as_long:
-    as the first arm. floor: bytes of weights and state over the measured bandwidth. held: state or KV cache.
+    clip, AdamW; fp32 weights, autocast. prefill: weights in dtype, logits of the last position. decode:
+    greedy steps after really reading so many tokens; a KV cache that grows is not compiled. times_as_long: as
+    the first arm. floor: bytes of weights and state over the measured bandwidth. held: state or KV cache.
     peak: above what is held at rest, by the allocator of CUDA; on a CPU it is left out."""
-    names, path, knobs, panels = arms.split(','), os.path.join(_HERE, 'train.py'), {}, {}
-    shape = vars(run.model.config) if run else {}
+    names, panels, shape = arms.split(','), {}, vars(run.model.config) if run else {}
     if model_config:
+        path, knobs = os.path.join(_HERE, 'train.py'), {}
         for node in ast.parse(read_text(path)).body:
             with suppress(AttributeError, ValueError):
                 knobs[node.targets[0].id] = ast.literal_eval(node.value)
@@ -526,8 +498,8 @@ def speed(run, cells, keep):
     a = torch.ones(1 << (30 if device.startswith('cuda') else 27), device=device)
     bandwidth = a.nbytes / min(timed(a.sum) for _ in range(6))
     del a
-    cases = [dict(zip(('compile', 'kind', 'batch', 'length'), case)) for case in itertools.product(
-        compile.split(','), kinds.split(','), numbers(batches), numbers(lengths))]
+    cases = [{'kind': kind, 'length': n, 'batch': b, 'compile': c} for c in compile.split(',')
+             for kind in kinds.split(',') for b in numbers(batches) for n in numbers(lengths)]
     for case in cases[len(cells) // len(names):]:  # those before were measured before an interruption
         now = [case | {'arm': arm} for arm in names]
         measure(now, shape, bandwidth)
@@ -538,31 +510,32 @@ def speed(run, cells, keep):
         x, y = panels.setdefault(cell['kind'], {}).setdefault(label, ([], []))
         x.append(cell['length'])
         y.append(cell.get('tokens_per_second', math.nan))
-    panels = [(lines, token_axis(numbers(lengths), f'{kind}: length of the sequence (tokens)') | {
-        'yscale': 'log', 'ylabel': 'tokens per second'}) for kind, lines in panels.items()]
+    axis = {'xscale': 'log', 'xticks': numbers(lengths), 'xticklabels': numbers(lengths), 'ylim': (0, None)}
+    panels = [(lines, axis | {'xlabel': f'{kind}: length (tokens)', 'ylabel': 'tokens per second'})
+              for kind, lines in panels.items()]
     what = 'kind length batch compile arm mode status '
-    rate = 'tokens_per_second seconds_q1 seconds seconds_q3 repetitions floor_seconds '
+    rate = 'tokens_per_second seconds_q1 seconds seconds_q3 repetitions floor_seconds'
     write_csv('throughput.csv', cells, what + rate)
     write_csv('wallclock.csv', cells, what + 'seconds times_as_long first_call_seconds')
     write_csv('vram.csv', cells, what + 'weight_bytes held_bytes peak_bytes')
-    keys = f'{what}{rate}times_as_long held_bytes peak_bytes'.split()
+    keys = f'{what}tokens_per_second seconds times_as_long floor_seconds held_bytes peak_bytes'.split()
     table = [{key: cell[key] for key in keys if key in cell} for cell in cells]
-    note = {'shape': shape, 'bytes_per_second': round(bandwidth)}
+    note = f'{bandwidth / 1e9:.1f} GB/s; {shape}'
     return {'table': table, 'pictures': picture('speed.png', *panels), 'note': note}
 
 
 # -- interpret: filters, gates, logit lens
 @torch.inference_mode()
 def interpret(run):
-    """centroid: of the spectra of the effective taps, in cycles per token, median and quartiles over channels.
-    gate: the share of the state that a token keeps, mean over 8 x 1,024 tokens. Logit lens on the same: last norm
-    and output weights after every layer; committed: the share of final predictions that are on top from here on.
+    """centroid: of the spectra of the effective taps, in cycles per token, median and quartiles of channels.
+    gate: the share of the state that a token keeps, mean over 8 x 1,024 tokens. Logit lens on the same: last
+    norm and output weights after every layer; committed: the share of final predictions on top from here on.
     The paper (12 layers): mean gate 0.65-0.72 early, 0.91 deep; predictions commit by layer 6."""
     model, (tokens, source), tops = run.model, text_tokens(run), []
     if len(tokens) < 512:
         die(f'{source} has {len(tokens)} tokens: expected at least 512')
     idx = torch.tensor(tokens[:len(tokens) // 8 * 8].reshape(8, -1)[:, :1024], device=device)  # (8,T)
-    layers, keys = range(len(model.blocks) + 1), ('centroid', 'centroid_q1', 'centroid_q3')
+    layers, keys = range(len(model.blocks) + 1), 'centroid centroid_q1 centroid_q3 gate committed'.split()
     rows = [{'layer': i} for i in layers]
     with autocast():
         x = model.embedding(idx)
@@ -582,12 +555,12 @@ def interpret(run):
     final = torch.stack([top == tops[-1] for top in tops]).flip(0).cumprod(0).flip(0)  # from this layer on
     for row, share in zip(rows, final.float().mean(1).tolist()):
         row['committed'] = share
-    lines = {key: [row.get(key, math.nan) for row in rows] for key in (*keys, 'gate', 'committed')}
-    shares = {'predictions that are final': (layers, lines['committed']), 'mean gate': (layers, lines['gate'])}
-    filters = {'median filter, and half of all filters': (layers, *(lines[key] for key in keys))}
-    panels = [(shares, {'xlabel': 'layer (0: embedding)', 'ylabel': 'share'}),
-              (filters, {'xlabel': 'layer', 'ylabel': 'spectral centroid (cycles per token)'})]
-    return {'table': rows, 'pictures': picture('interpret.png', *panels), 'note': {'text': source}}
+    centroid, low, high, gate, committed = ([row.get(key, math.nan) for row in rows] for key in keys)
+    shares = {'predictions that are final': (layers, committed), 'mean gate': (layers, gate)}
+    panels = [(shares, {'xlabel': 'layer (0: embedding)', 'ylabel': 'share', 'xticks': layers}),
+              ({'median filter, and half of all filters': (layers, centroid, low, high)},
+               {'xlabel': 'layer', 'ylabel': 'spectral centroid (cycles per token)', 'xticks': layers})]
+    return {'table': rows, 'pictures': picture('interpret.png', *panels), 'note': source}
 
 
 # -- the run
@@ -602,43 +575,23 @@ def page(meta):
     return '\n'.join(lines) + '\n'
 
 
-def environment():
-    commit = name = 'unknown'
-    with suppress(OSError, subprocess.CalledProcessError):
-        command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
-        commit = subprocess.check_output(command, cwd=_HERE, text=True, stderr=subprocess.DEVNULL).strip()
-    with suppress(OSError, StopIteration), open('/proc/cpuinfo') as file:
-        name = next(line.partition(': ')[2].strip() for line in file if line.startswith('model name'))
-    name = torch.cuda.get_device_name() if device.startswith('cuda') else name
-    name = f'{name}, {torch.get_num_threads()} threads'
-    return {'hardware': name, 'torch': torch.__version__, 'commit': commit}
-
-
-def check():
-    """Refuses what cannot work before anything is measured -> names of the suites"""
-    global device, dtype
+def main():
+    global device, dtype, out
     words = {'suite': 'all ' + ' '.join(SUITES), 'kinds': 'train prefill decode', 'compile': 'off on'}
-    for key, word in ((key, word) for key in words for word in globals()[key].split(',')):
+    for key, word in [(key, word) for key in words for word in globals()[key].split(',')]:
         require({key: word}, **{key: words[key]})
     if '' in arms.split(',') or set(arms.replace('FELA', '')) - set('SLA,'):
         die(f'arms={arms!r}: expected FELA or patterns of S, L and A, with commas')
-    least = dict.fromkeys('batch_size block_tokens needle_seeds repetitions vocab_size'.split(), (1, 1 << 60))
-    least |= dict.fromkeys('limit max_length seed max_cell_seconds'.split(), (0, 1 << 60))
-    require(globals(), dtype='auto float32 bfloat16 float16', **least, blocks=(2, 1 << 60))
+    counts = 'batch_size block_tokens needle_seeds repetitions max_cell_seconds vocab_size'.split()
+    require(globals(), dtype='auto float32 bfloat16 float16', blocks=(2, 1 << 60), **dict.fromkeys(
+        counts, (1, 1 << 60)), **dict.fromkeys(('limit', 'max_length', 'seed'), (0, 1 << 60)))
     device, dtype, _ = pick_device(device, dtype)
     names = list(SUITES) if suite == 'all' else suite.split(',')
-    if 'lm' in names:
-        import lm_eval  # noqa: F401
-        if task_data and not os.path.isdir(task_data):
-            die(f'task_data={task_data!r}: no such folder')
+    if 'lm' in names and task_data and not os.path.isdir(task_data):
+        die(f'task_data={task_data!r}: no such folder')
     if plots:
         import matplotlib  # noqa: F401
-    return names
-
-
-def main():
-    global out
-    names, run, folder, source = check(), None, model_config.removesuffix('.py'), model_config
+    run, source, folder = None, model_config, model_config.removesuffix('.py')
     if names != ['speed'] or not model_config:
         model, state, manifest = load_model(checkpoint, device)
         config, source = state['config'], f'step {manifest["step"]}, sha256 {manifest["sha256"]}'
@@ -651,20 +604,27 @@ def main():
         folder = f'{config["dataset"]}_default' if checkpoint == 'out' else folder
     out = out or os.path.join('results', os.path.basename(folder))
     os.makedirs(out, exist_ok=True)
-    meta = {}
+    meta, machine, commit = {}, 'unknown', 'unknown'
     try:
         if set(os.listdir(out)) - {'unfinished.tmp'}:
-            with open(os.path.join(out, 'meta.json')) as file:
-                page(meta := json.load(file))
-    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+            page(meta := json.loads(read_text(os.path.join(out, 'meta.json'))))
+    except (ValueError, LookupError, TypeError, AttributeError):
         die(f'{out} holds something else than results of this eval.py: expected another --out')
+    write('meta.json', meta)  # from here on the folder is ours
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+        commit = subprocess.check_output(command, cwd=_HERE, text=True, stderr=subprocess.DEVNULL).strip()
+    with suppress(OSError, StopIteration), open('/proc/cpuinfo') as file:
+        machine = next(line.partition(': ')[2].strip() for line in file if line.startswith('model name'))
+    machine = torch.cuda.get_device_name() if device.startswith('cuda') else machine
+    where = {'hardware': machine, 'torch': torch.__version__, 'commit': commit}
 
     def keep(record):
         meta[name] = record
         write('meta.json', meta)
         write('README.md', page(meta))
     for name in names:
-        knobs, where = {k: globals()[k] for k in SUITES[name].split()}, environment()
+        knobs = {k: globals()[k] for k in SUITES[name].split()}
         key = json.dumps([source, seed, dtype, knobs, where if name == 'speed' else None])
         old = {} if overwrite else meta.get(name, {})
         print(f'\n-- {name}', flush=True)
@@ -673,7 +633,7 @@ def main():
         else:
             record = {'key': key, 'source': source, 'command': ' '.join(['python eval.py', *sys.argv[1:]]),
                       'dtype': dtype, 'knobs': knobs, 'date': time.strftime('%Y-%m-%d'), **where,
-                      'table': [{'status': 'unfinished'}], 'pictures': [], 'note': {},
+                      'table': [{'status': 'unfinished'}], 'pictures': [], 'note': '',
                       'protocol': ' '.join(globals()[name].__doc__.split())}
             if name == 'speed':
                 cells = old['cells'] if old.get('key') == key else []

@@ -259,9 +259,9 @@ def local_task(task):
 
 def lm(run):
     """lm-eval, zero-shot. wikitext: each token once, in windows of max_length tokens. Published on other
-    data, for wikitext, BoolQ, HellaSwag, ARC-E, PIQA, WinoGrande: GPT-2 124M 37.37, -, 0.311, 0.438, -, 0.516;
-    Mamba-130M (its table 3) -, -, 0.353, 0.480, 0.645, 0.519; GLA-340M (its table 2) 28.65, 0.587, 0.345,
-    0.451, 0.648, 0.514; FELA-1.13B BoolQ 0.614."""
+    data, for wikitext, BoolQ, HellaSwag, ARC-E, PIQA, WinoGrande: GPT-2 124M 37.37, -, 0.311, 0.438, -,
+    0.516; Mamba-130M (its table 3) -, -, 0.353, 0.480, 0.645, 0.519; GLA-340M (its table 2) 28.65, 0.587,
+    0.345, 0.451, 0.648, 0.514; FELA-1.13B BoolQ 0.614."""
     import datasets
     import lm_eval
     logging.getLogger('lm_eval').setLevel(logging.ERROR)

@@ -213,7 +213,7 @@ def test_generation_is_the_models_own_and_options_are_lm_evals(tiny, knobs):
 
 
 @needs_data
-@pytest.mark.parametrize('pattern, name', [('SSSL', 'bytes'), ('A', 'bytes'), ('SSSL', 'gpt2'), ('A', 'gpt2')])
+@pytest.mark.parametrize('pattern, name', [('A', 'bytes'), ('SSSL', 'gpt2')])
 def test_the_six_tasks_are_those_of_a_straight_adapter(pattern, name, gpt2, knobs, tmp_path, monkeypatch):
     pytest.importorskip('lm_eval')
     from lm_eval.api.model import TemplateLM
@@ -244,11 +244,14 @@ def test_the_six_tasks_are_those_of_a_straight_adapter(pattern, name, gpt2, knob
 
         def loglikelihood_rolling(self, asked, **kwargs):
             texts = [[tokenizer.eot, *tokenizer.encode(request.args[0])] for request in asked]
-            parts = [[('', t[i:i + 1], t[i + 1:i + 301]) for i in range(0, len(t) - 1, 300)] for t in texts]
+            parts = [[('', t[max(0, min(i, len(t) - 301)):i + 1], t[i + 1:i + 301]) for i in range(0, len(t) - 1, 300)]
+                     for t in texts]  # the last window has all of its context
             return [sum(value for value, _ in self._loglikelihood_tokens(part)) for part in parts]
     monkeypatch.setattr(ev, 'lm_adapter', lambda *args: Straight())
     for task, scores in lm(run.model, tokenizer)['results'].items():
-        assert all(math.isclose(found['results'][task][k], v, rel_tol=1e-4) for k, v in scores.items()), task
+        for key, value in scores.items():  # a perplexity is the exponential of a sum
+            same = found['results'][task][key] / value if value else 1.0
+            assert abs(math.log(same)) < 0.02 if 'perplexity' in key else abs(same - 1) < 1e-4, (task, key)
 
 
 # -- longctx, needle

@@ -329,7 +329,8 @@ def longctx(run):
             low, high = np.quantile(values[1:], (0.025, 0.975)).tolist()
             rows[-1] |= {key: values[0].item(), f'{key}_low': low, f'{key}_high': high}
     write_csv('longctx_bpb.csv', rows, ' '.join(rows[0]))
-    axis, panels = {'xscale': 'log', 'xticks': sizes, 'xticklabels': sizes, 'xlabel': 'context (tokens)'}, []
+    ticks, panels = [f'{c / 1024:.3g}K' for c in sizes], []
+    axis = {'xscale': 'log', 'xticks': sizes, 'xticklabels': ticks, 'xlabel': 'context (tokens, K = 1,024)'}
     for key, label in (('bpb', 'bits per byte'), ('change', f'bits per byte - those after {base:,} tokens')):
         line = sizes, *([row[key + end] for row in rows] for end in ('', '_low', '_high'))
         panels.append(({f'trained with {run.block_size:,} tokens': line}, axis | {'ylabel': label}))

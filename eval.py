@@ -417,15 +417,14 @@ def speed_call(cell, shape):
     if cell['kind'] != 'train':
         model.to(getattr(torch, dtype)).requires_grad_(False)
         state = repeat_state(model.prefill(x[:1])[1], len(x))
-    parts = [t for layer in state for t in layer]
-    grows = cell['kind'] == 'decode' and any(isinstance(t, int) for t in parts)
-    cell |= {'mode': 'compiled' if cell['compile'] == 'on' and not grows else 'eager',
+    cell |= {'mode': 'compiled' if cell['compile'] == 'on' else 'eager',
              'weight_bytes': sum(p.nbytes for p in model.parameters()),
-             'held_bytes': sum(t.nbytes for t in parts if not isinstance(t, int))}
+             'held_bytes': sum(t.nbytes for layer in state for t in sum(layer, ()) if torch.is_tensor(t))}
+    state = model.make_room(state, _STEPS * (repetitions + 3))
     if cell['mode'] == 'compiled':
         model.compile_blocks()
     token, step = x[:, 0].clone(), model.step
-    if cell['kind'] == 'decode' and device.startswith('cuda') and not grows:
+    if cell['kind'] == 'decode' and device.startswith('cuda'):
         step, cell['mode'] = model.capture_step(token, state), f'{cell["mode"]} CUDA graph'
     def train():
         with autocast():
@@ -485,7 +484,7 @@ def measure(cells, shape, bandwidth):
 def speed(run, cells, keep):
     """Arms take turns in one process, the first call apart; median and quartiles. train: forward, backward,
     clip, AdamW; fp32 weights, autocast. prefill: weights in dtype, logits of the last position. decode:
-    greedy steps after really reading so many tokens; a KV cache that grows is not compiled. times_as_long: as
+    greedy steps after really reading so many tokens, A with a KV cache of fixed size. times_as_long: as
     the first arm. floor: bytes of weights and state over the measured bandwidth. held: state or KV cache.
     peak: above what is held at rest, by the allocator of CUDA; on a CPU it is left out."""
     names, panels, shape = arms.split(','), {}, vars(run.model.config) if run else {}
@@ -550,7 +549,7 @@ def interpret(run):
                 decay = mixer.decay_up(mixer.decay_down(block.norm1(x))).float().sigmoid()
                 row['gate'] = (mixer.floor * decay).exp().mean().item()
             x = block(x)[0] if block else x
-            said = torch.cat([model.logits(model.norm(h)) for h in x[:, :-1]])  # if this were the last layer
+            said = torch.cat([model.logits(h) for h in x[:, :-1]])  # if this were the last layer
             row['lens_bits_per_token'] = F.cross_entropy(said, idx[:, 1:].flatten()).item() / math.log(2)
             tops.append(said.argmax(-1))
     final = torch.stack([top == tops[-1] for top in tops]).flip(0).cumprod(0).flip(0)  # from this layer on

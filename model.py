@@ -556,6 +556,10 @@ class FELA(nn.Module):
             block.compile(dynamic=False)
             block.step = tuned(block.step)
 
+    def make_room(self, state, tokens):
+        """The state, whose size does not change for so many more tokens"""
+        return [block.mixer.make_room(s, tokens) for block, s in zip(self.blocks, state)]
+
     @torch.inference_mode()
     def capture_step(self, idx, state):
         """step(idx, state) as one CUDA graph, some 300 kernels started at once, over its own copy of a state, that
@@ -577,7 +581,7 @@ class FELA(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None):
         """Yields the next token of each row (B,). idx is read after `state`; temperature 0 is greedy"""
         (logits, state), step = self.prefill(idx, state), self.step
-        state = [block.mixer.make_room(s, max_new_tokens) for block, s in zip(self.blocks, state)]
+        state = self.make_room(state, max_new_tokens)
         for i in range(max_new_tokens):
             token = sample(logits, temperature, top_k, top_p, generator)
             yield token

@@ -23,7 +23,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from configurator import configure, die, lock_folder, require, sha256_of, write_whole
+from configurator import configure, die, lock_folder, locks, require, sha256_of, write_whole
 
 # ---- knobs
 dataset = ''          # its name; openwebtext and pysrc know their text ('': after its source, or openwebtext)
@@ -339,7 +339,7 @@ def make_from(documents, out_dir, tokenizer, recipe, separate=True, num_proc=0):
         return meta
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        lock_folder.held.pop(out_dir).close()
+        os.close(locks.pop(out_dir))  # others may wait for it
 
 
 def _made(data_dir, recipe):

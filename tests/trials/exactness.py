@@ -46,7 +46,7 @@ def main():
             whole = model(idx)[0]
         logits, state = model.prefill(idx[:, :1200])
         errors, captured = [error(logits, whole[:, 1199])], 0.0
-        state = [block.mixer.make_room(s, 100) for block, s in zip(model.blocks, state)]
+        state = model.make_room(state, 100)
         eager, step = repeat_state(state, 1), model.capture_step(idx[:, 1200], state)
         for t in range(1200, 1300):
             logits, state = step(idx[:, t], state)

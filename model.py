@@ -6,7 +6,7 @@ Blocks with two kinds of mixer alternate, three to one (pattern 'SSSL'); a third
     L  GLA: gated linear attention, a recurrent state of H x K x V numbers. Chunks over a sequence.
     A  softmax attention with rotary positions and a KV cache, for comparisons and hybrids.
 Letters in shape comments:
-    B batch   T time   C channels (n_embd)   M taps (n_modes)   N = M + T inputs of a filter   n chunks or blocks
+    B batch   T time   C channels (n_embd)   M taps (n_modes)   N = M + T inputs of a filter   n chunks
     H heads   K key width of a head   V value width of a head   c tokens in a chunk
 Papers: FELA (ACML 2026); Fourier Neural Operator (Li et al. 2021); GLA (Yang et al. 2024, arXiv:2312.06635);
 SwiGLU (Shazeer 2020); RoPE (Su et al. 2021); Muon (Jordan 2024).
@@ -48,7 +48,7 @@ class FELAConfig:
         if not self.pattern or set(self.pattern) - MIXERS.keys():
             raise ValueError(f'pattern={self.pattern!r}: expected letters out of {", ".join(MIXERS)}')
         for name, value in vars(self).items():
-            if name != 'pattern' and value < (0 if name == 'mlp_hidden' else 1):
+            if type(value) is int and value < (0 if name == 'mlp_hidden' else 1):
                 raise ValueError(f'{name}={value}: expected a positive number')
         for letter, name in (('L', 'gla_heads'), ('A', 'n_head')):
             if letter in self.pattern and self.n_embd % getattr(self, name):
@@ -70,9 +70,10 @@ def causal_fir(x, taps, past=None):
     if x.dim() != 3 or taps.dim() != 2 or taps.shape[1] != x.shape[2]:
         raise ValueError(f'expected x (B,T,C) and taps (M,C), got {tuple(x.shape)} and {tuple(taps.shape)}')
     (B, T, C), M = x.shape, len(taps)
-    past = x.new_zeros(B, M, C) if past is None else F.pad(past.to(x.dtype), (0, 0, 1, 0))  # the first is not used
+    # one input more than is used, so that rows are as long as blocks of products want
+    past = x.new_zeros(B, M, C) if past is None else F.pad(past.to(x.dtype), (0, 0, 1, 0))
     if past.shape != (B, M, C):
-        raise ValueError(f'expected past (B,M-1,C) = {(B, M - 1, C)}, got {past.shape[1] - 1} inputs before x')
+        raise ValueError(f'expected past (B,M-1,C) = {(B, M - 1, C)}, got {past.shape[1] - 1} inputs')
     # products are compiled for every length: those of training, and of prefill in segments
     products = x.is_cuda and x.dtype == torch.bfloat16 and M % BLOCK == T % (8 * BLOCK) == 0
     dtype = x.dtype if products else torch.promote_types(taps.dtype, torch.float32)
@@ -102,7 +103,7 @@ fir.register_autograd(lambda ctx, dy: fir_gradients(*ctx.saved_tensors, dy.conti
 
 
 def spectra(*signals):
-    """A product of spectra is a circular filter: outputs that wrap around the end are left out by its users"""
+    """A product of spectra is a circular filter: its users leave out what wraps around the end"""
     n = -(-signals[0].shape[-1] // 64) * 64
     return n, *(torch.fft.rfft(signal, n) for signal in signals)
 
@@ -120,8 +121,8 @@ def fft_gradients(x, taps, dy):
 
 
 # m outputs in a row depend on M+m inputs, so all n blocks of outputs are windows (C,n,M+m) @ band (C,M+m,m),
-# views of inputs and taps that overlap themselves. Products written by torch.compile read them as they are; cuBLAS
-# would have them copied, M/m times larger.
+# views of inputs and taps that overlap themselves. Products written by torch.compile read them as they are;
+# cuBLAS would have them copied, M/m times larger.
 BLOCK = 64  # m
 
 
@@ -205,13 +206,13 @@ def gla_chunks(q, k, v, g, S, c, block):
 
 
 def gla_inside(q, k, v, b, block):
-    """o_t = sum_{j<=t} (q_t e^(b_t - b_j) k_j^T) v_j among the c tokens of chunks, q (...,c,K), v (...,c,V)"""
+    """o_t = sum_{j<=t} (q_t e^(b_t - b_j) k_j^T) v_j in chunks of c tokens, q, k, b (...,c,K), v (...,c,V)"""
     c = b.shape[-2]
     if c <= block:  # the decay is factored about the middle, where neither factor overflows
         middle = b[..., (c - 1) // 2, None, :]
         scores = (q * (b - middle).exp()) @ (k * (middle - b).exp()).mT
         return scores.tril().to(v.dtype) @ v  # fp32 until here: in the gates' gradient nearly all cancels
-    # Of two halves the second also sees the first. Decays are from the border between them, where both are <= 1.
+    # Of two halves the second also sees the first. Decays from the border between them are both <= 1.
     q, k, v, b = (t.unflatten(-2, (2, -1)) for t in (q, k, v, b))
     o1, o2 = gla_inside(q, k, v, b, block).unbind(-3)
     (_, q2), (k1, _), (v1, _), (b1, b2) = (t.unbind(-3) for t in (q, k, v, b))
@@ -230,9 +231,9 @@ def projections(width, *outputs):
 
 
 class Mixer(nn.Module):
-    """What a block and the model ask of a mixer: `forward` over a sequence, `step` over one token (B,1,C), state
-    in, state out (None: none is wanted). A state is two tuples: tensors with a row for each row of the batch, and
-    the rest. Besides `init_state(batch_size)`:"""
+    """What is asked of a mixer: `forward` over a sequence, `step` over one token (B,1,C), state in, state out
+    (None: none is wanted), `init_state(batch_size)`, and what follows. A state is two tuples: tensors with a
+    row for each row of the batch, and the rest."""
     filters = ()  # names of parameters of two dimensions that are no matrices: no weight decay, no Muon
 
     def init_weights(self):
@@ -479,7 +480,7 @@ class FELA(nn.Module):
             for n, p in module.named_parameters(recurse=False):
                 kind = ('embedding' if module is self.embedding else 'vectors' if p.dim() == 1 else
                         'filters' if n in getattr(module, 'filters', ()) else 'matrices')
-                assert kind != 'matrices' or isinstance(module, nn.Linear), f'{path}.{n}: a matrix, or in filters?'
+                assert kind != 'matrices' or isinstance(module, nn.Linear), f'{path}.{n}: is it in filters?'
                 groups.setdefault((kind, getattr(module, 'parts', 1)), []).append(p)
         for (kind, parts), params in groups.items():
             wide = kind in ('matrices', 'embedding')
@@ -562,8 +563,7 @@ class FELA(nn.Module):
 
     @torch.inference_mode()
     def capture_step(self, idx, state):
-        """step(idx, state) as one CUDA graph, some 300 kernels started at once, over its own copy of a state, that
-        of A with room"""
+        """step(idx, state) as one CUDA graph, some 300 kernels started at once, with its own copy of state"""
         idx, state = idx.clone(), repeat_state(state, 1)
         with torch.cuda.stream(torch.cuda.Stream(idx.device)):  # warm up where nothing is captured
             self.step(idx, repeat_state(state, 1))
@@ -627,15 +627,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum, shapes = group['lr'], group['momentum'], {}
-            for p in (p for p in group['params'] if p.grad is not None):
-                mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
-                update = p.grad.lerp(mean.lerp_(p.grad, 1 - momentum), momentum)  # Nesterov
-                shapes.setdefault(p.shape, []).append((p, update.view(group['parts'], -1, p.shape[1])))
-                p.mul_(1 - lr * group['weight_decay'])
-            for shape, pairs in shapes.items():  # equal shapes together, as each alone is small for a GPU
-                x = orthogonalise(torch.cat([update for _, update in pairs]))  # (n parts,rows,columns)
-                for (p, _), update in zip(pairs, x.split(group['parts'])):
+            lr, momentum, parts, shapes = group['lr'], group['momentum'], group['parts'], {}
+            for p in group['params']:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():  # equal shapes at once, as each alone is small for a GPU
+                updates = []
+                for p in params:
+                    mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+                    mean.lerp_(p.grad, 1 - momentum)
+                    updates.append(p.grad.lerp(mean, momentum).view(parts, -1, shape[1]))  # Nesterov
+                x = orthogonalise(torch.cat(updates))  # (n parts,rows,columns)
+                for p, update in zip(params, x.split(parts)):
+                    p.mul_(1 - lr * group['weight_decay'])
                     p.sub_(update.reshape(shape), alpha=0.2 * lr * math.sqrt(max(x.shape[1:])))
 
 

@@ -20,6 +20,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib import import_module
 
 import numpy as np
 
@@ -184,7 +185,7 @@ _NOT_TEXT = (rb'(?P<empty>\Z)|(?P<UTF16>\xff\xfe|\xfe\xff)|(?P<packed>\x28\xb5\x
 
 def _open(path):
     module = {'.gz': 'gzip', '.bz2': 'bz2', '.xz': 'lzma'}.get(os.path.splitext(path.lower())[1])
-    return __import__(module).open(path) if module else open(path, 'rb')
+    return import_module(module).open(path) if module else open(path, 'rb')
 
 
 def _find(paths, suffixes, library):

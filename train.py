@@ -29,11 +29,11 @@ from prepare import DataError, TokenData, compressed_bpb, ensure_pysrc, get_toke
 # -----------------------------------------------------------------------------------------------------------
 # data and model
 dataset = 'pysrc'  # a folder under data/, made by prepare.py, or a path to one
-block_size = 512  # tokens of context in training
+block_size = 256  # tokens of context in training
 n_layer = 4  # layers
 n_head = 4  # heads of an A layer
 gla_heads = 1  # heads of an L layer
-n_embd = 128  # channels
+n_embd = 96  # channels
 n_modes = 64  # taps of an S layer
 pattern = 'SSSL'  # S: FNO, L: GLA, A: softmax attention; repeated over the layers
 chunk_size = 64  # of GLA; a speed knob, never changes the function
@@ -44,9 +44,9 @@ max_tokens = 0  # training tokens
 max_seconds = 240.0  # by the clock, over all resumed parts, pauses included; 0 where another one is given
 # batch and optimizer
 batch_tokens = 2048  # tokens per optimizer step, over all ranks; accumulation follows from it
-micro_batch_size = 4  # sequences per forward pass and rank
+micro_batch_size = 8  # sequences per forward pass and rank
 optimizer = 'muon'  # adamw, muon (matrices by Muon, the rest by AdamW)
-learning_rate = 1.5e-2  # peak
+learning_rate = 2.5e-2  # peak
 schedule = 'cosine'  # cosine, wsd (warmup, stable, decay), constant
 warmup_iters = 30  # steps of linear warmup
 decay_frac = 0.3  # wsd: last part of the run, where the learning rate falls

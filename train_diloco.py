@@ -8,13 +8,11 @@ Train one FELA model on many ordinary machines that may come and go, with torchr
         --rdzv_endpoint=HOST:29500 --max_restarts=1000 --nproc_per_node=1 train_diloco.py ...  # come and go
 
 A round: each worker takes H inner steps on windows of its own; the mean of (theta - its weights), weighted by
-tokens, is the gradient of an outer SGD with Nesterov momentum. A worker that joins gets a copy of an inner
-state. When one is lost or joins, torchrun restarts the others: the newest round that anyone has on disk wins,
-and an unfinished round is done again. Losing HOST ends the run; the same command goes on with it.
-Exit code 2: the input was wrong; 1: a failure, try again. Workers exchange numbers, and JSON in tensors; but
+tokens, is the gradient of an outer SGD with Nesterov momentum. When a worker is lost or joins, torchrun
+restarts the others: the newest round on any disk wins, an unfinished one is done again. Losing HOST ends the
+run; the same command goes on with it. Exit code 2: the input was wrong; 1: a failure, try again.
 torchrun unpickles what is in its own c10d rendezvous: let nobody else reach that port.
 """
-import contextlib
 import glob
 import hashlib
 import json
@@ -26,7 +24,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import fields
+from contextlib import suppress
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -39,7 +37,6 @@ from configurator import configure, die, find_ranks, lock_folder, pick_device, r
 from model import FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, save_checkpoint
 from prepare import DataError, TokenData, ensure_pysrc, get_tokenizer
 
-# data and model
 dataset = 'pysrc'  # a folder under data/, made by prepare.py, or a path to one
 block_size = 256  # tokens of context in training
 n_layer = 4  # layers
@@ -50,9 +47,8 @@ n_modes = 128  # taps of an S layer
 pattern = 'SSSL'  # S: FNO, L: GLA, A: softmax attention; repeated over the layers
 chunk_size = 128  # of GLA; a speed knob that never changes the function
 mlp_hidden = 0  # 0: 2 * n_embd
-# budget: the run ends at whichever comes first (0: off)
-max_tokens = 8_000_000  # training tokens, over all workers
-max_rounds = 0  # rounds
+max_tokens = 8_000_000  # training tokens, over all workers; 0: off; the run ends by this or the next knob
+max_rounds = 0  # rounds; 0: off
 H = 50  # inner steps of a worker in a round
 batch_tokens = 2048  # tokens of one worker in one inner step
 round_seconds = 0.0  # a worker that has computed for so long ends its round with fewer than H steps; 0: off
@@ -66,7 +62,6 @@ learning_rate = 2e-3  # peak
 schedule = 'cosine'  # cosine, wsd (the last 30% decay), constant; the end is at a tenth of the peak
 warmup_iters = 50  # inner steps of linear warmup
 weight_decay = 0.1  # matrices only
-grad_clip = 1.0  # largest inner gradient norm; 0: off
 seed = 1337  # of the initial weights and the order of the data
 eval_rounds = 5  # rounds between evaluations; 0: only at the end
 eval_tokens = 65536  # tokens of an evaluation (a fixed random part of the validation split); 0: all
@@ -75,18 +70,16 @@ run_name = 'diloco'  # its name in S3 and under out/; the same name goes on with
 out_dir = ''  # logs, metrics.jsonl, snapshots of the workers of this machine; '': out/<run_name>
 timeout = 600.0  # seconds, slightly above the slowest round: a worker that is silent for so long is lost
 snapshot_rounds = 1  # rounds between snapshots on every worker's disk
-# S3 (endpoint, region and credentials by the usual AWS variables)
-s3_bucket = ''  # '': off; needs pip install boto3
+s3_bucket = ''  # '': off; needs boto3; endpoint, region and credentials are in the usual AWS variables
 upload_rounds = 10  # rounds between uploads
 device = 'auto'  # auto, cpu, cuda (one GPU per worker)
 dtype = 'auto'  # auto, float32, bfloat16: of matrix products; weights stay float32
-compile = 'auto'  # auto, on, off: torch.compile
 
 # -- what is said, and how a worker ends
 def say(line, *files):
     """To rank 0's screen and every worker's log. A reader that has gone or a full disk costs lines only."""
     for file in files or logs:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             print(line, file=file, flush=True)
 
 
@@ -95,7 +88,7 @@ def leave(message, code=2, retry=False):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if local_rank and not retry:
         time.sleep(10)  # worker 0 of this machine says it first, and torchrun ends this one
-    with contextlib.suppress(SystemExit, OSError):
+    with suppress(SystemExit, OSError):
         die(' '.join(str(message).split()))
     if torchrun and not retry:
         os.kill(torchrun, signal.SIGTERM)
@@ -104,13 +97,11 @@ def leave(message, code=2, retry=False):
 
 def excepthook(kind, error, trace):
     """What a user, a disk or a network can cause ends in one line, not in a traceback."""
-    if issubclass(kind, (DataError, CheckpointError, OSError)):
-        leave(error, 1 if issubclass(kind, OSError) else 2)
-    if 'gloo' in str(error) or issubclass(kind, (dist.DistError, json.JSONDecodeError, UnicodeDecodeError)):
+    if isinstance(error, (DataError, CheckpointError, OSError, torch.OutOfMemoryError)):
+        leave(error, 1 if isinstance(error, OSError) else 2)
+    if 'gloo' in str(error) or isinstance(error, (dist.DistError, json.JSONDecodeError, UnicodeDecodeError)):
         leave(f'worker {rank}, round {run.round + 1}: another worker is gone, or silent for {timeout=:g} s; '
               f'those present do the round again ({error!s:.160})', 1, retry=True)
-    if issubclass(kind, torch.OutOfMemoryError):
-        leave(f'{device} is out of memory; try a smaller micro_batch_size than {micro_batch_size}')
     sys.__excepthook__(kind, error, trace)
     os._exit(1)
 
@@ -120,18 +111,17 @@ def on_signal(number, frame):
     if number != signal.SIGALRM:
         stopped.append(number)
         return signal.alarm(20)
-    say(f'worker {rank}: stopped by {signal.Signals(stopped[0]).name}; the same command goes on from the '
-        f'newest snapshot', sys.stderr)
+    say(f'worker {rank}: stopped by {signal.Signals(stopped[0]).name}; the same command goes on', sys.stderr)
     os._exit(128 + stopped[0])
 
 
 # knobs that may differ between machines, and knobs that may change when a run goes on
-PER_MACHINE = 'dataset out_dir device dtype compile micro_batch_size chunk_size timeout'.split()
+PER_MACHINE = 'dataset out_dir device dtype micro_batch_size chunk_size timeout'.split()
 MAY_CHANGE = ('max_tokens max_rounds round_seconds eval_rounds eval_tokens final_eval_tokens s3_bucket '
               'snapshot_rounds upload_rounds').split()
 rank, local_rank, world, _ = find_ranks()
 torchrun = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
-logs, stopped = [], []  # where lines go; the signal that ends this run
+logs, stopped, sent = [], [], []  # where lines go; the signal that ends this run; bytes of every message
 sys.excepthook = excepthook
 configurator.die = leave  # what configure, require or pick_device refuses ends a worker like anything else
 config = configure(globals())
@@ -141,18 +131,16 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
 
 # -- check the knobs
 require(config, **{key: (0, math.inf) for key, value in config.items() if not isinstance(value, str)})
-require(config, **dict.fromkeys('block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds '
-                                'timeout'.split(), (1, math.inf)),
-        outer_momentum=(0, 1), outer_dtype='fp32 bf16', optimizer='adamw muon', compile='auto on off',
-        schedule='cosine wsd constant', dtype='auto float32 bfloat16')
+positive = 'block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds timeout'.split()
+require(config, **dict.fromkeys(positive, (1, math.inf)), outer_momentum=(0, 1), outer_dtype='fp32 bf16',
+        optimizer='adamw muon', schedule='cosine wsd constant', dtype='auto float32 bfloat16')
 if not (max_tokens or max_rounds):
     leave('max_tokens and max_rounds are both 0: the run would never end')
 if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}', run_name):
     leave(f'run_name={run_name!r}: expected letters, digits and . _ -, at most 100')
-accumulation, rest = divmod(batch_tokens, block_size * micro_batch_size)
+accumulation, rest = divmod(batch_tokens, unit := block_size * micro_batch_size)
 if rest:
-    leave(f'batch_tokens={batch_tokens:,} does not divide: block_size {block_size:,} x micro_batch_size '
-          f'{micro_batch_size} = {block_size * micro_batch_size:,} tokens at a time')
+    leave(f'{batch_tokens=}: expected a multiple of {block_size=} x {micro_batch_size=}, which is = {unit}')
 last_token, last_round = max_tokens or math.inf, max_rounds or math.inf
 
 # -- device, data, model, optimizers
@@ -172,47 +160,33 @@ shared = {k: v for k, v in config.items() if k not in PER_MACHINE}
 identity = {k: v for k, v in shared.items() if k not in MAY_CHANGE}
 torch.manual_seed(seed)
 try:
-    model_config = FELAConfig(**{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config})
+    with torch.device(device):
+        model = FELA(FELAConfig(**{key: config[key] for key in vars(FELAConfig()).keys() & config.keys()}))
 except ValueError as e:
     leave(e)
-with torch.device(device):
-    model = FELA(model_config)
-if compile == 'on' or compile == 'auto' and device_type == 'cuda':
+if device_type == 'cuda':
     model.compile_blocks()
 optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay)
 weights = list(model.parameters())
-theta = parameters_to_vector(weights).detach()  # the global model (P,): the same on all workers
-momentum = torch.zeros_like(theta)  # of the outer optimizer
+agreed = torch.zeros(2, sum(p.numel() for p in weights), device=device)  # the same on all workers:
+theta, momentum = agreed  # (P,) each: the global model, and the momentum of the outer optimizer
+theta.copy_(parameters_to_vector(weights).detach())
 # What all workers know. Data is read in steps of batch_tokens / block_size windows; next: the first step that
 # nobody was given; left: steps before it that a slow worker did not do
 run = SimpleNamespace(round=0, tokens=0, next=0, left=[])
-
-
-@torch.no_grad()
-def load_theta():
-    for p, part in zip(weights, theta.split([p.numel() for p in weights])):
-        p.copy_(part.view_as(p))
-
-
-def inner_state():
-    """The tensors of the inner optimizers, in the same order on all workers."""
-    return [value for opt in optimizers for entry in opt.state.values() for value in entry.values()]
-
-
-for p in weights:
-    p.grad = torch.zeros_like(p)
-for opt in optimizers:  # a step makes these tensors; load_theta undoes what it does to the weights
+sum((0 * p).sum() for p in weights).backward()  # gradients of zero
+for opt in optimizers:  # a step makes the tensors of its state; what it does to the weights is not kept
     opt.step()
     opt.zero_grad()
-for value in inner_state():
-    value.zero_()
+    for value in (value for entry in opt.state.values() for value in entry.values()):
+        value.zero_()
 
 
 # -- snapshots
 def snapshot(where, final=False, **losses):
     lock_folder(folder)  # where it was removed meanwhile, another run may have it
-    state = dict(model=model.state_dict(), optimizer=[opt.state_dict() for opt in optimizers], outer=momentum,
-                 config=config, training=vars(run))
+    state = dict(model=model.state_dict(), optimizer=[opt.state_dict() for opt in optimizers],
+                 outer=momentum.clone(), config=config, training=vars(run))
     manifest = dict(tokens=run.tokens, tokenizer=tokenizer.name, losses=losses, config=config)
     try:
         return save_checkpoint(where, run.round, state, manifest, final, keep=2)
@@ -222,7 +196,7 @@ def snapshot(where, final=False, **losses):
 
 def difference(theirs, where, mine):
     """Why their config is of another run, or ''. A field that their model does not know has its default."""
-    theirs = {f.name: f.default for f in fields(FELAConfig)} | theirs
+    theirs = vars(FELAConfig()) | theirs
     return next((f'{key} is {theirs.get(key)!r} {where} and {value!r} here'
                  for key, value in sorted(mine.items()) if theirs.get(key) != value), '')
 
@@ -239,10 +213,6 @@ def restore(folder):
     vars(run).update(state['training'])
 
 
-def fingerprint():
-    return hashlib.sha256(torch.cat((theta, momentum)).cpu().numpy()).hexdigest()
-
-
 out_dir = out_dir or os.path.join('out', run_name)
 folder, problem = os.path.join(out_dir, f'worker_{local_rank:02}'), ''
 lock_folder(folder)  # a second run in it ends here
@@ -253,10 +223,8 @@ except CheckpointError:  # another worker may have what is missing or damaged he
     for path in glob.iglob(os.path.join(glob.escape(out_dir), '**', 'step_*.json'), recursive=True):
         problem = f'{path}: nobody here can go on from it; another --run_name or --out_dir starts anew'
 
+
 # -- talking to the other workers
-sent = []  # bytes, by this process
-
-
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
     if world > 1:
         work = dist.all_reduce(tensor, op, async_op=True)
@@ -277,38 +245,31 @@ def gather(value):
 
 
 # -- S3: <run_name>/step_000120.pt, then its .json, which is what makes it exist: as on disk
-class S3(threading.Thread):
-    """Of rank 0. Whatever S3 does, training goes on."""
-    newest, problem = 0, f's3_bucket={s3_bucket!r} does not answer'
+class S3(threading.Thread):  # of rank 0; whatever S3 does, training goes on
+    newest, problem, folder = None, f's3_bucket={s3_bucket!r} does not answer', os.path.join(folder, 's3')
+    answered, closing = threading.Event(), threading.Event()
 
-    def __init__(self, than):
-        super().__init__(daemon=True)
-        self.than, self.answered, self.closing = than, threading.Event(), threading.Event()
-        self.folder = os.path.join(folder, 's3')
-        self.start()
-
-    def keys(self):
-        """Oldest round first, and of each round the manifest first."""
+    def keys(self):  # oldest round first, and of each round the manifest first
         keys = (item.key for item in self.bucket.objects.filter(Prefix=f'{run_name}/step_'))
         return sorted(key for key in keys if re.fullmatch(r'.*/step_\d{6}\.(json|pt)', key))
 
     def open(self):
-        """Is this run name ours? The last three rounds, if newer `than` any disk's, come into self.folder."""
+        """Is this run name ours? The last three rounds, if newer than any disk's, come into self.folder."""
         import boto3
         from botocore.config import Config
         self.bucket = boto3.resource('s3', config=Config(
             connect_timeout=5, read_timeout=20, retries={'mode': 'adaptive', 'total_max_attempts': 2},
             s3={'addressing_style': 'path'})).Bucket(s3_bucket)
         claim = self.bucket.Object(f'{run_name}/config.json')
-        with contextlib.suppress(Exception):  # it is there, or getting it fails as well
+        with suppress(Exception):  # it is there, or getting it fails as well
             claim.put(Body=json.dumps(identity, indent=1), IfNoneMatch='*')
         if other := difference(json.load(claim.get()['Body']), 'there', identity):
             raise CheckpointError(f'run_name={run_name!r} is taken by a run with another config: {other}')
-        keys, ours = self.keys(), f'{run_name}/step_{self.than:06d}'
-        self.newest = self.than if ours + '.json' in keys else 0
+        keys, ours = self.keys(), f'{run_name}/step_{max(worker["round"] for worker in there):06d}'
         for key in [key for key in keys if key > ours + '.pt' and not self.answered.is_set()][-6:]:
             os.makedirs(self.folder, exist_ok=True)
             self.bucket.download_file(key, os.path.join(self.folder, os.path.basename(key)))
+        self.newest = int(ours[-6:]) if ours + '.json' in keys else 0
 
     def upload(self, path):
         key = f'{run_name}/{os.path.basename(path)[:-5]}'
@@ -323,19 +284,17 @@ class S3(threading.Thread):
             self.bucket.Object(old).delete()
 
     def run(self):
-        opened, chances = False, 2  # to fail at the end of the run
-        while chances:
+        ending = False
+        while not ending:
             ending = self.closing.is_set()
             try:
-                if not opened:
+                if self.newest is None:
                     self.open()
-                    opened = True
                 for path in list_checkpoints(folder)[:1]:
                     if int(path[-11:-5]) - self.newest >= (1 if ending else upload_rounds):
                         self.upload(path)
-                self.problem, chances = '', 0 if ending else chances
+                self.problem = ''
             except Exception as e:  # its text may hold secrets, of an endpoint or repeated by a server
-                chances -= ending
                 code = getattr(e, 'response', {}).get('Error', {}).get('Code', type(e).__name__)
                 code = e if isinstance(e, (CheckpointError, ImportError)) else code
                 self.problem = f's3_bucket={s3_bucket!r}: {code}'
@@ -353,8 +312,9 @@ there = gather({'config': shared, 'round': run.round})
 newest = max(range(world), key=lambda i: there[i]['round'])
 if other := difference(there[newest]['config'], f'on worker {newest}', shared):
     leave(f'worker {rank}: {other}: all workers need the same')
-s3 = S3(than=there[newest]['round']) if s3_bucket and rank == 0 else None
+s3 = S3(daemon=True) if s3_bucket and rank == 0 else None
 if s3:
+    s3.start()
     s3.answered.wait(timeout / 2)
     s3.answered.set()
     problem = s3.problem
@@ -365,16 +325,16 @@ if s3:
         except CheckpointError as e:
             problem = str(e)
         shutil.rmtree(s3.folder)
-there = gather({'round': run.round, 'hash': fingerprint(), 'problem': problem})
+there = gather(dict(round=run.round, problem=problem, hash=hashlib.sha256(agreed.cpu().numpy()).hexdigest()))
 problems, hashes = [w['problem'] for w in there if w['problem']], [w['hash'] for w in there]
 if problems and not any(w['round'] for w in there):
     leave(problems[0])  # never from scratch beside what may be a run
 if len(set(hashes)) > 1:  # who lacks the newest round (the version that more workers hold) gets it
     source = max(range(world), key=lambda i: (there[i]['round'], hashes.count(hashes[i])))
     vars(run).update(gather(vars(run))[source])
-    for tensor in (theta, momentum, *inner_state()):  # and an inner state, whose moments are warm
+    inner = [value for opt in optimizers for entry in opt.state.values() for value in entry.values()]
+    for tensor in (agreed, *inner):  # and an inner state, whose moments are warm
         dist.broadcast(tensor.clone() if hashes[rank] == hashes[source] else tensor, source)
-load_theta()
 
 
 def progress(done=0):
@@ -382,8 +342,7 @@ def progress(done=0):
     return max((run.tokens + done * world * batch_tokens) / last_token, run.round / last_round)
 
 
-def learning_rate_now(done):
-    """The schedule of train.py, after `done` steps of this round."""
+def learning_rate_now(done):  # the schedule of train.py, after so many steps of this round
     if run.round * H + done < warmup_iters:
         return learning_rate * (run.round * H + done + 1) / (warmup_iters + 1)
     warm = max(warmup_iters * world * batch_tokens / last_token, warmup_iters // H / last_round)
@@ -399,7 +358,9 @@ def get_batch(data, position):
 
 @torch.no_grad()
 def evaluate(tokens):
-    """Loss of the global model in nats and bits per byte, over the first windows of the validation order."""
+    """Load theta. -> its loss in nats and bits per byte, over the first windows of the validation order"""
+    for p, part in zip(weights, theta.split([p.numel() for p in weights])):
+        p.copy_(part.view_as(p))
     count = min(val_data.n_windows, -(-tokens // block_size) or val_data.n_windows)
     total = torch.zeros((), dtype=torch.float64)
     for i in range(rank * micro_batch_size, count, world * micro_batch_size):
@@ -422,12 +383,13 @@ for line in problems:
     say(f'warning: {line}; going on without it')
 if rank == 0:
     path = os.path.join(out_dir, 'metrics.jsonl')
-    with contextlib.suppress(OSError), open(path, errors='replace') as file:
+    with suppress(OSError), open(path, errors='replace') as file:
         found = [re.fullmatch(r'{"round": (\d+), [^{}]*}\n', line) for line in file]
         kept = [match[0] for match in found if match and int(match[1]) <= run.round]
         say(f'{path}: {len(kept)} of {len(found)} lines are whole; lost rounds come again')
         write_whole(path, lambda file: file.write(''.join(kept).encode()))
     metrics = open(path, 'a')
+evaluate(1)  # loads theta
 while progress() < 1 and not stopped:
     start = time.perf_counter()
     # deal the data: what was left over, then what comes next; at the end of the run only what is missing
@@ -449,7 +411,7 @@ while progress() < 1 and not stopped:
         losses.append(loss.item())
         for p in weights if plain else ():
             all_reduce(p.grad.div_(world))
-        norm = clip_grad_norm_(weights, grad_clip or math.inf)
+        norm = clip_grad_norm_(weights, 1.0)
         for opt in optimizers:
             if norm.isfinite():  # one bad batch is skipped
                 opt.step()
@@ -457,28 +419,23 @@ while progress() < 1 and not stopped:
         if not plain and (stopped or 0 < round_seconds < time.perf_counter() - start):
             break
     local, loss = parameters_to_vector(weights).detach(), torch.tensor(losses).nanmean().item()
-    loss = loss if math.isfinite(loss) and local.isfinite().all() else None
     report = gather(dict(done=len(losses), loss=loss, seconds=time.perf_counter() - start))
-    counts = [0 if w['loss'] is None else w['done'] for w in report]
-    if not counts[rank]:  # this worker starts anew from theta
-        local = theta
-        for value in inner_state():
-            value.zero_()
-    if not any(counts):
+    total = sum(w['done'] for w in report)
+    loss = sum(w['loss'] * w['done'] for w in report) / total
+    if not math.isfinite(loss):
         theta.fill_(math.nan)  # its evaluation ends the run
     elif plain:
         theta.copy_(local)
     else:  # in double, so that lr 1 without momentum gives the weights of a single worker to the last bit
-        pseudo = (theta.double() - local) * (counts[rank] / sum(counts))
+        pseudo = (theta.double() - local) * (len(losses) / total)
         if world > 1:
             pseudo = all_reduce(pseudo.to(torch.bfloat16 if outer_dtype == 'bf16' else torch.float32))
         momentum.mul_(outer_momentum).add_(pseudo)  # SGD with Nesterov momentum
         theta.copy_(theta.double() - outer_lr * (pseudo.double() + outer_momentum * momentum))
-    load_theta()
     read = {step for i, w in enumerate(report) for step in dealt[i * steps:i * steps + w['done']]}
     run.left, run.next, run.round = sorted(set(dealt) - read), run.next + fresh, run.round + 1
     run.tokens += len(read) * batch_tokens
-    hashes = gather(fingerprint())
+    hashes = gather(hashlib.sha256(agreed.cpu().numpy()).hexdigest())
     if len(set(hashes)) > 1:
         leave(f'round {run.round}: theta differs, it is done again ({hashes})', 1, retry=True)
     shown = eval_rounds and run.round % eval_rounds == 0 and progress() < 1
@@ -486,17 +443,15 @@ while progress() < 1 and not stopped:
     if run.round % snapshot_rounds == 0 or progress() >= 1 or stopped:
         snapshot(folder)
     row = dict(round=run.round, tokens=run.tokens, workers=world, done=[w['done'] for w in report],
-               loss=sum(w['loss'] * n for w, n in zip(report, counts) if n) / sum(counts),
-               seconds=time.perf_counter() - start, compute=[w['seconds'] for w in report], bytes=sum(sent),
-               theta=hashes[0],
+               loss=loss, seconds=time.perf_counter() - start, compute=[w['seconds'] for w in report],
+               bytes=sum(sent), theta=hashes[0],
                read=list(zip(sorted(read - {s + 1 for s in read}), sorted(read - {s - 1 for s in read}))))
+    row |= {'val_loss': val, 'val_bpb': bpb} if shown else {}
     say(f'round {run.round:5} | {min(1, progress()):4.0%} | {run.tokens:,} tokens | loss {row["loss"]:.4f} | '
         f'{world} workers | {len(read) * batch_tokens / row["seconds"]:,.0f} tok/s | compute '
         f'{max(row["compute"]):.2f} s, communicate {row["seconds"] - max(row["compute"]):.2f} s | '
-        f'theta {hashes[0][:8]}' + (f' | uploaded round {s3.newest}' if s3 else ''))
-    if shown:
-        row |= {'val_loss': val, 'val_bpb': bpb}
-        say(f'round {run.round:5} | validation loss {val:.4f} | {bpb:.4f} bits per byte')
+        f'theta {hashes[0][:8]}' + (f' | uploaded round {s3.newest}' if s3 else '') +
+        (f' | validation loss {val:.4f}, {bpb:.4f} bits per byte' if shown else ''))
     if rank == 0:
         say(json.dumps(row), metrics)
 if stopped:

@@ -377,7 +377,7 @@ def test_bad_input(tmp_path, data):
 
     says('outer_lrr', 'outer_lr', args=['--outer_lrr=3'])
     says('batch_tokens=100', '= 128', args=['--batch_tokens=100'])
-    says('n_embd=15', 'n_head=2', args=['--n_embd=15'])
+    says('n_embd=15', 'gla_heads=2', args=['--n_embd=15'])
     says('gla_heads=3', args=['--gla_heads=3'])
     says('outer_dtype', 'fp8', 'bf16', args=['--outer_dtype=fp8'])
     says('outer_momentum', args=['--outer_momentum=1.5'])

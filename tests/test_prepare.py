@@ -7,10 +7,8 @@ import json
 import lzma
 import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -19,30 +17,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SHARED = os.path.join(ROOT, '..', 'shared', 'data')
-sys.path.insert(0, ROOT)
-import prepare  # noqa: E402
-from prepare import (DataError, TokenData, compressed_bpb, ensure_pysrc, get_tokenizer, load_meta,  # noqa: E402
-                     make_from, read_bytes)
+import prepare
+from prepare import DataError, TokenData, compressed_bpb, ensure_pysrc, get_tokenizer, load_meta, make_from, read_bytes
+from runs import REPO, Run
 
 relaxed = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
 DATASET = ['lock', 'meta.json', 'train.bin', 'val.bin']
 
 
-def start(*args, cwd, env=(), **options):
-    env = {**os.environ, 'HF_HOME': str(cwd / 'hf'), 'HF_HUB_OFFLINE': '1', **dict(env)}
-    return subprocess.Popen([sys.executable, os.path.join(ROOT, 'prepare.py'), *map(str, args)], cwd=cwd, env=env,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+def start(folder, *args, script='prepare.py', env=(), **options):
+    return Run(folder, script, args, env={'HF_HOME': f'{folder}/hf', 'HF_HUB_OFFLINE': '1', **dict(env)}, **options)
 
 
-def run(*args, cwd, code=0, **options):
+def run(folder, *args, code=0, **options):
     """What prepare.py prints: all is well, or the one line that says what is not."""
-    process = start(*args, cwd=cwd, **options)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
-    assert (err == '') if code == 0 else (err.startswith('error: ') and err.count('\n') == 1), err
-    return out if code == 0 else err
+    done = start(folder, *args, **options).wait()
+    assert done.code == code and done.err.count('\n') == (code > 0) and done.err.startswith('error: ' * (code > 0)), done.err
+    return done.err or done.out
 
 
 def write(path, data):
@@ -79,20 +70,6 @@ def documents(folder, *splits):
         tokens += [*TokenData(folder, split, 1).tokens.tolist(), tok.eot]
     ends = np.flatnonzero(np.array(tokens) == tok.eot).tolist()
     return sorted(tok.decode(tokens[a + 1:b]) for a, b in zip([-1, *ends], ends))
-
-
-@pytest.fixture(scope='session')
-def gpt2(tmp_path_factory):
-    """GPT-2's tokenizer without a network: tiktoken reads its cache, and deletes what it doesn't like: a copy."""
-    pytest.importorskip('tiktoken')
-    source, cache = os.path.join(SHARED, 'tokenizer'), tmp_path_factory.mktemp('tiktoken')
-    if not os.path.isdir(source):
-        pytest.skip("GPT-2's vocabulary is not at hand (../shared/data/tokenizer)")
-    shutil.copyfile(os.path.join(source, 'vocab.bpe'), cache / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')
-    shutil.copyfile(os.path.join(source, 'encoder.json'), cache / '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
-        yield get_tokenizer('gpt2')
 
 
 # ---- tokenizers
@@ -138,10 +115,8 @@ def test_pieces_change_no_token(gpt2, text, size):
 
 
 # ---- datasets from files
-def test_tinyshakespeare_has_nanogpts_token_counts(gpt2, tmp_path):
-    source = os.path.join(SHARED, 'text', 'tinyshakespeare.txt')
-    if not os.path.exists(source):
-        pytest.skip('tinyshakespeare is not at hand (../shared/data/text)')
+def test_tinyshakespeare_has_nanogpts_token_counts(gpt2, shared, tmp_path):
+    source = shared('text', 'tinyshakespeare.txt')
     meta, folder = make(tmp_path, data_files=source, tokenizer='gpt2')
     assert [meta['splits'][split]['tokens'] for split in ('train', 'val')] == [301_966, 36_059]
     with open(source, 'rb') as f:
@@ -151,8 +126,11 @@ def test_tinyshakespeare_has_nanogpts_token_counts(gpt2, tmp_path):
 
 
 def test_pysrc(tmp_path):
-    folder = str(tmp_path / 'pysrc')
-    meta = ensure_pysrc(folder)
+    """Several ranks at once, as torchrun starts them: one makes it, the others wait for it."""
+    script, folder = write(tmp_path / 'rank.py', 'import prepare\nprepare.ensure_pysrc("pysrc")'), str(tmp_path / 'pysrc')
+    ranks = [Run(tmp_path, script, []) for _ in range(4)]
+    assert [rank.wait().code for rank in ranks] == [0] * 4
+    meta = load_meta(folder)
     train, val = meta['splits']['train'], meta['splits']['val']
     assert 300_000 < val['bytes'] < 700_000 < 4_000_000 < train['bytes'] and val['documents'] > 20
     assert meta['tokenizer'] == 'bytes' and meta['vocab_size'] == 261 and sorted(os.listdir(folder)) == DATASET
@@ -207,35 +185,32 @@ def test_held_out_is_what_the_knob_says_and_no_character_is_cut(texts, sizes, fr
 
 
 def test_two_files_of_any_sizes_and_any_number_of_threads(tmp_path, gpt2):
-    write(tmp_path / 'a.txt', 'text ' * 38_000)
-    write(tmp_path / 'b.bin', random.Random(0).randbytes(300))
-    for n in (1, 2):
-        run('--data_files=a.txt,b.bin', '--dataset=x', f'--out_dir={n}', f'--num_proc={n}', '--tokenizer=gpt2', cwd=tmp_path)
-    splits = load_meta(str(tmp_path / '1'))['splits']
-    assert splits == load_meta(str(tmp_path / '2'))['splits'] and splits['val']['documents'] == 2
-    assert 0.0999 < splits['val']['bytes'] / 190_300 <= 0.1
-    assert random.Random(0).randbytes(300) in read_bytes(str(tmp_path / '1'))
+    files = write(tmp_path / 'a.txt', 'text ' * 38_000), write(tmp_path / 'b.bin', random.Random(0).randbytes(300))
+    made = [make(tmp_path / str(n), data_files=','.join(files), tokenizer='gpt2', num_proc=n) for n in (1, 2)]
+    splits = made[0][0]['splits']
+    assert splits == made[1][0]['splits'] and splits['val']['documents'] == 2
+    assert 0.0999 < splits['val']['bytes'] / 190_300 <= 0.1 and random.Random(0).randbytes(300) in read_bytes(made[0][1])
 
 
 def test_a_changed_source_is_noticed(tmp_path):
     write(tmp_path / 'mine.txt', 'some text ' * 100)
-    run('--data_files=mine.txt', cwd=tmp_path)
-    assert 'made anew' not in run('--data_files=mine.txt', '--num_proc=1', cwd=tmp_path)
-    assert 'another val_fraction' in run('--data_files=mine.txt', '--val_fraction=0.3', cwd=tmp_path, code=2)
+    run(tmp_path, '--data_files=mine.txt')
+    assert 'made anew' not in run(tmp_path, '--data_files=mine.txt', '--num_proc=1')
+    assert 'another val_fraction' in run(tmp_path, '--data_files=mine.txt', '--val_fraction=0.3', code=2)
     write(tmp_path / 'mine.txt', 'some more ' * 100)                           # of the same size
-    assert 'data/mine is made anew: its source has changed' in run('--data_files=mine.txt', cwd=tmp_path)
+    assert 'data/mine is made anew: its source has changed' in run(tmp_path, '--data_files=mine.txt')
     write(tmp_path / 'mine.txt', 'a')                                          # a failure keeps what is there
-    assert '0 bytes of text in train' in run('--data_files=mine.txt', cwd=tmp_path, code=2)
+    assert '0 bytes of text in train' in run(tmp_path, '--data_files=mine.txt', code=2)
     assert read_bytes(str(tmp_path / 'data' / 'mine'), 'train') == b'some more ' * 90
 
 
 def test_make_from(tmp_path):
-    splits = {'train': ['ab', b'c', '', 'é'], 'val': (text for text in ['x', 'yz'])}
-    meta = make_from(splits, str(tmp_path / 'd'), 'bytes', {'made by': 'a test'})
-    assert documents(str(tmp_path / 'd'), 'train') == ['ab', 'c', 'é'] and meta['splits']['val']['documents'] == 2
-    assert make_from({}, str(tmp_path / 'd'), 'bytes', {'made by': 'a test'}) == meta == load_meta(str(tmp_path / 'd'))
+    folder, made_by = str(tmp_path / 'd'), {'made by': 'a test'}
+    meta = make_from({'train': ['ab', b'c', '', 'é'], 'val': (text for text in ['x', 'yz'])}, folder, 'bytes', made_by)
+    assert documents(folder, 'train') == ['ab', 'c', 'é'] and meta['splits']['val']['documents'] == 2
+    assert make_from({}, folder, 'bytes', made_by) == meta == load_meta(folder)
     with pytest.raises(DataError, match='another made by'):
-        make_from({}, str(tmp_path / 'd'), 'bytes', {'made by': 'another test'})
+        make_from({}, folder, 'bytes', {'made by': 'another test'})
 
 
 # ---- datasets of rows
@@ -384,7 +359,7 @@ def test_mistakes(tmp_path, args, words):
                        'x.zip': b'PK\3\4\0', 'x.txt.zst': b'\x28\xb5\x2f\xfdabc', 'cut.gz': packed[:-1000],
                        'x.tar.gz': gzip.compress(bytes(257) + b'ustar'), 'bad.gz': b'text', 'bad.parquet': 'text', 'x.csv': 'n,text\n1,some text\n'}.items():
         write(tmp_path / name, text)
-    line = run(*args.split(), cwd=tmp_path, code=2)
+    line = run(tmp_path, *args.split(), code=2)
     assert all(word in line for word in words), line
     assert not [name for _, _, names in os.walk(tmp_path / 'data') for name in names if name != 'lock']
 
@@ -396,67 +371,45 @@ def test_missing_packages_and_no_network(tmp_path, package, args):
         write(tmp_path / name, text)
     if package != 'pyarrow':
         env = {'TIKTOKEN_CACHE_DIR': str(tmp_path / 'empty'), 'HTTPS_PROXY': 'http://127.0.0.1:9'}
-        line = run(*args.split(), cwd=tmp_path, code=2, env=env)
+        line = run(tmp_path, *args.split(), code=2, env=env)
         assert 'TIKTOKEN_CACHE_DIR' in line or 'Skylion007/openwebtext' in line
-    for name in (package, 'datasets', 'tiktoken', 'pyarrow'):
-        write(tmp_path / 'none' / f'{name}.py', f'raise ImportError(name={name!r})')
-    env = {'PYTHONPATH': str(tmp_path / 'none')}
-    assert f'pip install {package}' in run(*args.split(), cwd=tmp_path, code=2, env=env)
-    run('--data_files=x.txt,x.jsonl', cwd=tmp_path, env=env)                   # local text as bytes needs none of them
+    script = write(tmp_path / 'without.py', f"""import runpy, sys
+sys.modules.update(dict.fromkeys(('datasets', 'tiktoken', 'pyarrow')))
+runpy.run_path({REPO + '/prepare.py'!r}, run_name='__main__')""")
+    assert f'pip install {package}' in run(tmp_path, *args.split(), code=2, script=script)
+    run(tmp_path, '--data_files=x.txt,x.jsonl', script=script)                 # local text as bytes needs none of them
 
 
 # ---- never a dataset that looks finished and is not
-BIG = ['--data_files=big.txt', '--num_proc=1', '--val_fraction=0.5']
-
-
-def begin(tmp_path, path):
-    """A preparation, as soon as it has made this file or folder."""
-    process = start(*BIG, cwd=tmp_path)
-    while not os.path.exists(tmp_path / 'data' / 'big' / path) and process.poll() is None:
-        time.sleep(0.001)
-    return process
-
-
-def test_kill_anywhere(tmp_path):
-    """kill -9 at many instants, before, during and after the writing: afterwards no dataset, or a whole one."""
-    folder, seen, chance = tmp_path / 'data' / 'big', [], random.Random(3)
+def test_killed_interrupted_two_at_once_and_without_space(tmp_path):
+    """kill -9 at many instants, before, during and after the writing: afterwards no dataset, or a whole one.
+    A limit on the size of files stands for a full disk."""
+    args, folder, seen, chance = ['--data_files=big.txt', '--num_proc=1'], tmp_path / 'data' / 'big', [], random.Random(3)
     write(tmp_path / 'big.txt', b'some words and a number 123\n' * 640_000)
+
+    def begin(path):
+        """A preparation, as soon as it has made this file or folder."""
+        process = start(tmp_path, *args)
+        while not os.path.exists(folder / path) and process.process.exitcode is None:
+            time.sleep(0.001)
+        return process
     for attempt in range(8):
         shutil.rmtree(folder, ignore_errors=True)
-        process = begin(tmp_path, 'lock' if attempt % 2 else 'unfinished/train')
+        process = begin('lock' if attempt % 2 else 'unfinished/train')
         time.sleep(chance.random() * 0.06)
-        process.kill()
-        process.communicate()
+        process.kill().wait()
         seen.append(bool(is_dataset(folder)))
         assert seen[-1] or not os.path.exists(folder / 'meta.json')
     assert False in seen
     for name in ('unfinished/train', 'unfinished/x', 'unfinished.tmp', 'train.bin'):           # litter of every kind
         write(folder / name, 'litter')
-    run(*BIG, cwd=tmp_path)
+    run(tmp_path, *args)
     assert is_dataset(folder) and sorted(os.listdir(folder)) == DATASET
-
-
-def test_many_ranks_at_once(tmp_path):
-    """ensure_pysrc in several processes, as torchrun starts them: one makes it, the others wait for it."""
-    code = f'import sys; sys.path.insert(0, {ROOT!r}); import prepare; print(prepare.ensure_pysrc("d/pysrc")["check"])'
-    ranks = [subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, text=True, stdout=subprocess.PIPE)
-             for _ in range(4)]
-    said = {rank.communicate(timeout=120)[0].splitlines()[-1] for rank in ranks}
-    assert len(said) == 1 and [rank.returncode for rank in ranks] == [0] * 4
-
-
-def test_two_at_once_interrupted_and_without_space(tmp_path):
-    """A limit on the size of files stands for a full disk."""
-    folder = tmp_path / 'data' / 'big'
-    write(tmp_path / 'big.txt', b'some words and a number 123\n' * 2_000_000)
-    first = begin(tmp_path, 'unfinished/unfinished.tmp')
-    first.send_signal(signal.SIGSTOP)
+    shutil.rmtree(folder)
+    first = begin('unfinished/unfinished.tmp').kill(signal.SIGSTOP)
     try:
-        assert f'in use by process {first.pid}' in run(*BIG, cwd=tmp_path, code=1) and not is_dataset(folder)
+        assert f'in use by process {first.pid}' in run(tmp_path, *args, code=1) and not is_dataset(folder)
     finally:
-        first.send_signal(signal.SIGINT)
-        first.send_signal(signal.SIGCONT)
-    err = first.communicate(timeout=60)[1]
-    assert first.returncode == 130 and err.count('\n') == 1 and 'interrupted' in err and os.listdir(folder) == ['lock']
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-    assert 'too large' in run(*BIG, cwd=tmp_path, code=1, preexec_fn=limit) and os.listdir(folder) == ['lock']
+        first.kill(signal.SIGINT).kill(signal.SIGCONT).wait()
+    assert first.code == 130 and first.err.count('\n') == 1 and 'interrupted' in first.err and os.listdir(folder) == ['lock']
+    assert 'too large' in run(tmp_path, *args, code=1, fsize=1 << 20) and os.listdir(folder) == ['lock']

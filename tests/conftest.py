@@ -14,6 +14,7 @@
 | every suite against a plain adapter or a direct computation | test_eval.py | |
 """
 import os
+import shutil
 import signal
 import sys
 
@@ -34,3 +35,26 @@ def pytest_runtest_makereport(item, call):
         if data or 'could not import' in reason:
             report.outcome, report.longrepr = 'failed', f'skipped in CI, where it must run: {reason}'
     return report
+
+
+@pytest.fixture(scope='session')
+def shared():
+    """Where a file or folder of ../shared/data is; a test that needs what is not at hand is skipped."""
+    def path(*names):
+        if not os.path.exists(found := os.path.join(ROOT, '..', 'shared', 'data', *names)):
+            pytest.skip(f'{names[-1]} is not at hand (../shared/data)')
+        return found
+    return path
+
+
+@pytest.fixture(scope='session')
+def gpt2(shared, tmp_path_factory):
+    """GPT-2's tokenizer without a network: tiktoken reads its cache, and deletes what it doesn't like: a copy."""
+    pytest.importorskip('tiktoken')
+    from prepare import get_tokenizer
+    cache = tmp_path_factory.mktemp('tiktoken')
+    shutil.copyfile(shared('tokenizer', 'vocab.bpe'), cache / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')
+    shutil.copyfile(shared('tokenizer', 'encoder.json'), cache / '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
+        yield get_tokenizer('gpt2')

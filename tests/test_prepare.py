@@ -2,47 +2,40 @@
 import bz2
 import contextlib
 import gzip
-import hashlib
 import json
 import lzma
 import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SHARED = os.path.join(ROOT, '..', 'shared', 'data')
-sys.path.insert(0, ROOT)
-import prepare  # noqa: E402
-from prepare import (DataError, TokenData, compressed_bpb, ensure_pysrc, get_tokenizer, load_meta,  # noqa: E402
-                     make_from, read_bytes)
+import prepare
+from prepare import DataError, TokenData, compressed_bpb, ensure_pysrc, get_tokenizer, load_meta, make_from, read_bytes
+from runs import REPO, Run
 
 relaxed = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
 DATASET = ['lock', 'meta.json', 'train.bin', 'val.bin']
 
 
-def start(*args, cwd, env=(), **options):
-    env = {**os.environ, 'HF_HOME': str(cwd / 'hf'), 'HF_HUB_OFFLINE': '1', **dict(env)}
-    return subprocess.Popen([sys.executable, os.path.join(ROOT, 'prepare.py'), *map(str, args)], cwd=cwd, env=env,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+def start(folder, *args, script='prepare.py', **options):
+    """Without a network or what earlier downloads left."""
+    offline = {'HF_HOME': f'{folder}/hf', 'HF_HUB_OFFLINE': '1', 'TIKTOKEN_CACHE_DIR': f'{folder}/empty',
+               'HTTPS_PROXY': 'http://127.0.0.1:9'}
+    return Run(folder, script, args, env=offline, **options)
 
 
-def run(*args, cwd, code=0, **options):
+def run(folder, *args, code=0, **options):
     """What prepare.py prints: all is well, or the one line that says what is not."""
-    process = start(*args, cwd=cwd, **options)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
-    assert (err == '') if code == 0 else (err.startswith('error: ') and err.count('\n') == 1), err
-    return out if code == 0 else err
+    done = start(folder, *args, **options).wait()
+    assert done.code == code and done.err.count('\n') == (code > 0) and done.err.startswith('error: ' * (code > 0)), done.err
+    return done.err or done.out
 
 
 def write(path, data):
@@ -55,22 +48,10 @@ def make(tmp_path, **knobs):
     return prepare.make({'out_dir': str(tmp_path / 'made'), **knobs}), str(tmp_path / 'made')
 
 
-def by_hand(folder, train):
-    """A dataset of given tokens with a sound checksum."""
-    folder.mkdir(exist_ok=True)
-    meta = {'tokenizer': 'bytes', 'vocab_size': 261, 'splits': {}}
-    for split, ids in (('train', train), ('val', (1, 2, 3))):
-        data = np.array(ids, np.uint16).tobytes()
-        write(folder / f'{split}.bin', data)
-        info = {'tokens': len(ids), 'bytes': len(ids), 'sha256': hashlib.sha256(data).hexdigest()}
-        meta['splits'][split] = info
-    write(folder / 'meta.json', json.dumps({**meta, 'check': prepare._check(meta)}))
-    return str(folder)
-
-
-def is_dataset(folder):
-    with contextlib.suppress(DataError):
-        return [TokenData(folder, split, 1) for split in ('train', 'val')]
+def counting(tmp_path, n):
+    """Training data of the tokens 0 to n - 1."""
+    make_from({'train': [bytes(range(n))], 'val': ['some text']}, str(tmp_path / f'{n}'), 'bytes', {})
+    return str(tmp_path / f'{n}')
 
 
 def documents(folder, *splits):
@@ -81,29 +62,14 @@ def documents(folder, *splits):
     return sorted(tok.decode(tokens[a + 1:b]) for a, b in zip([-1, *ends], ends))
 
 
-@pytest.fixture(scope='session')
-def gpt2(tmp_path_factory):
-    """GPT-2's tokenizer without a network: tiktoken reads its cache, and deletes what it doesn't like: a copy."""
-    pytest.importorskip('tiktoken')
-    source, cache = os.path.join(SHARED, 'tokenizer'), tmp_path_factory.mktemp('tiktoken')
-    if not os.path.isdir(source):
-        pytest.skip("GPT-2's vocabulary is not at hand (../shared/data/tokenizer)")
-    shutil.copyfile(os.path.join(source, 'vocab.bpe'), cache / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')
-    shutil.copyfile(os.path.join(source, 'encoder.json'), cache / '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
-        yield get_tokenizer('gpt2')
-
-
-# ---- tokenizers
 spaces = st.text(st.sampled_from(' \n\t\r\x0b\x1c\x85\xa0\u1680\u2003\u2028\u3000ab1é漢.\'s'))
 texts = st.one_of(spaces, st.text(st.characters(exclude_categories=['Cs'])))
 
 
 @relaxed
-@given(text=texts, data=st.binary(), odd=st.text(st.characters()))
+@given(text=texts, data=st.binary(), odd=st.text(st.characters()), size=st.integers(1, 5))
 @pytest.mark.parametrize('name', ['bytes', 'gpt2'])
-def test_tokenizers_round_trip(gpt2, name, text, data, odd):
+def test_tokenizers_round_trip(gpt2, name, text, data, odd, size):
     """Any text and any bytes; lone surrogates of raw bytes give their bytes, any other U+FFFD; nothing raises."""
     tok = get_tokenizer('bytes') if name == 'bytes' else gpt2
     ids = tok.encode(text)
@@ -113,6 +79,8 @@ def test_tokenizers_round_trip(gpt2, name, text, data, odd):
     expected = ''.join('\ufffd' if '\ud800' <= c < '\udc80' or '\udcff' < c <= '\udfff' else c for c in odd)
     assert tok.decode_bytes(tok.encode(odd)) == os.fsencode(expected)
     assert name == 'bytes' or ids == tok.bpe.encode_ordinary(text)
+    pieces = list(prepare._pieces([text], size))                               # a long text in parts: the same tokens
+    assert [i for part, _ in pieces for i in tok.encode_bytes(part)] == ids
 
 
 def test_specials_and_white_space(gpt2):
@@ -128,21 +96,11 @@ def test_specials_and_white_space(gpt2):
     assert gpt2.encode(text) == gpt2.bpe.encode_ordinary(text)
 
 
-@relaxed
-@given(text=texts, size=st.integers(1, 5))
-def test_pieces_change_no_token(gpt2, text, size):
-    pieces = list(prepare._pieces([text], size))
-    assert b''.join(part for part, _ in pieces) == text.encode()
-    assert [first for _, first in pieces] == [True, *[False] * (len(pieces) - 1)][:len(pieces)]
-    assert [i for part, _ in pieces for i in gpt2.encode_bytes(part)] == gpt2.bpe.encode_ordinary(text)
-
-
-# ---- datasets from files
-def test_tinyshakespeare_has_nanogpts_token_counts(gpt2, tmp_path):
-    source = os.path.join(SHARED, 'text', 'tinyshakespeare.txt')
-    if not os.path.exists(source):
-        pytest.skip('tinyshakespeare is not at hand (../shared/data/text)')
-    meta, folder = make(tmp_path, data_files=source, tokenizer='gpt2')
+def test_tinyshakespeare_has_nanogpts_token_counts(gpt2, shared, tmp_path):
+    """With any number of threads."""
+    source = shared('text', 'tinyshakespeare.txt')
+    meta, folder = make(tmp_path, data_files=source, tokenizer='gpt2', num_proc=1)
+    assert make(tmp_path / 'again', data_files=source, tokenizer='gpt2', num_proc=2)[0]['splits'] == meta['splits']
     assert [meta['splits'][split]['tokens'] for split in ('train', 'val')] == [301_966, 36_059]
     with open(source, 'rb') as f:
         text = f.read()
@@ -151,16 +109,18 @@ def test_tinyshakespeare_has_nanogpts_token_counts(gpt2, tmp_path):
 
 
 def test_pysrc(tmp_path):
-    folder = str(tmp_path / 'pysrc')
-    meta = ensure_pysrc(folder)
+    """Several ranks at once, as torchrun starts them: one makes it, the others wait for it."""
+    script, folder = write(tmp_path / 'rank.py', 'import prepare\nprepare.ensure_pysrc("pysrc")'), str(tmp_path / 'pysrc')
+    ranks = [Run(tmp_path, script, []) for _ in range(4)]
+    assert [rank.wait().code for rank in ranks] == [0] * 4
+    meta = load_meta(folder)
     train, val = meta['splits']['train'], meta['splits']['val']
     assert 300_000 < val['bytes'] < 700_000 < 4_000_000 < train['bytes'] and val['documents'] > 20
     assert meta['tokenizer'] == 'bytes' and meta['vocab_size'] == 261 and sorted(os.listdir(folder)) == DATASET
     for split, info in meta['splits'].items():
-        assert info['tokens'] == info['bytes'] + info['documents'] - 1         # <|endoftext|> stands between documents
         text, tokens = read_bytes(folder, split), TokenData(folder, split, 1).tokens
-        assert len(text) == info['bytes'] and b'import' in text
-        assert tokens[0] != 256 and tokens[-1] != 256 and np.count_nonzero(tokens == 256) == info['documents'] - 1
+        assert len(text) == info['bytes'] == info['tokens'] - np.count_nonzero(tokens == 256)
+        assert tokens[0] != 256 != tokens[-1] and np.count_nonzero(tokens == 256) == info['documents'] - 1
     assert compressed_bpb(folder) == {'gzip': 8 * len(gzip.compress(text, 9)) / len(text),
                                       'xz': 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)}
     before = os.stat(os.path.join(folder, 'train.bin')).st_mtime_ns            # made once, and always the same
@@ -196,6 +156,7 @@ def test_folders_are_split_by_file_and_what_is_left_out_is_said(tmp_path, capsys
 @relaxed
 @given(texts=st.lists(st.text(st.characters(exclude_categories=['Cs'])), min_size=1, max_size=20), rows=st.booleans(),
        sizes=st.lists(st.integers(1, 50_000), max_size=20), fraction=st.sampled_from([0.01, 0.1, 0.3, 0.5, 0.9]))
+@example(texts=['é' * 150], rows=False, sizes=[190_000], fraction=0.1)
 def test_held_out_is_what_the_knob_says_and_no_character_is_cut(texts, sizes, fraction, rows):
     texts = [text.encode() for text in texts] + [b'x' * size for size in sizes]
     names = () if rows else [str(i) for i in range(len(texts))]
@@ -206,39 +167,18 @@ def test_held_out_is_what_the_knob_says_and_no_character_is_cut(texts, sizes, fr
     assert 0.9 * fraction * size - 4 <= held <= fraction * size + 1
 
 
-def test_two_files_of_any_sizes_and_any_number_of_threads(tmp_path, gpt2):
-    write(tmp_path / 'a.txt', 'text ' * 38_000)
-    write(tmp_path / 'b.bin', random.Random(0).randbytes(300))
-    for n in (1, 2):
-        run('--data_files=a.txt,b.bin', '--dataset=x', f'--out_dir={n}', f'--num_proc={n}', '--tokenizer=gpt2', cwd=tmp_path)
-    splits = load_meta(str(tmp_path / '1'))['splits']
-    assert splits == load_meta(str(tmp_path / '2'))['splits'] and splits['val']['documents'] == 2
-    assert 0.0999 < splits['val']['bytes'] / 190_300 <= 0.1
-    assert random.Random(0).randbytes(300) in read_bytes(str(tmp_path / '1'))
-
-
 def test_a_changed_source_is_noticed(tmp_path):
     write(tmp_path / 'mine.txt', 'some text ' * 100)
-    run('--data_files=mine.txt', cwd=tmp_path)
-    assert 'made anew' not in run('--data_files=mine.txt', '--num_proc=1', cwd=tmp_path)
-    assert 'another val_fraction' in run('--data_files=mine.txt', '--val_fraction=0.3', cwd=tmp_path, code=2)
+    run(tmp_path, '--data_files=mine.txt')
+    assert 'made anew' not in run(tmp_path, '--data_files=mine.txt', '--num_proc=1')
+    assert 'another val_fraction' in run(tmp_path, '--data_files=mine.txt', '--val_fraction=0.3', code=2)
     write(tmp_path / 'mine.txt', 'some more ' * 100)                           # of the same size
-    assert 'data/mine is made anew: its source has changed' in run('--data_files=mine.txt', cwd=tmp_path)
+    assert 'data/mine is made anew: its source has changed' in run(tmp_path, '--data_files=mine.txt')
     write(tmp_path / 'mine.txt', 'a')                                          # a failure keeps what is there
-    assert '0 bytes of text in train' in run('--data_files=mine.txt', cwd=tmp_path, code=2)
+    assert '0 bytes of text in train' in run(tmp_path, '--data_files=mine.txt', code=2)
     assert read_bytes(str(tmp_path / 'data' / 'mine'), 'train') == b'some more ' * 90
 
 
-def test_make_from(tmp_path):
-    splits = {'train': ['ab', b'c', '', 'é'], 'val': (text for text in ['x', 'yz'])}
-    meta = make_from(splits, str(tmp_path / 'd'), 'bytes', {'made by': 'a test'})
-    assert documents(str(tmp_path / 'd'), 'train') == ['ab', 'c', 'é'] and meta['splits']['val']['documents'] == 2
-    assert make_from({}, str(tmp_path / 'd'), 'bytes', {'made by': 'a test'}) == meta == load_meta(str(tmp_path / 'd'))
-    with pytest.raises(DataError, match='another made by'):
-        make_from({}, str(tmp_path / 'd'), 'bytes', {'made by': 'another test'})
-
-
-# ---- datasets of rows
 ROWS = [f'row {i}: ' + 'some text ' * (i % 7) for i in range(2500)] + ['', 'é\n"漢",', '\ud83d lone']
 
 
@@ -258,18 +198,20 @@ def rows(path, texts=ROWS, column='text'):
 @pytest.mark.parametrize('name', ['a[1].jsonl', 'x*.parquet', 'x.json', 'X.JSONL.gz', 'x.json.bz2', 'a,b.jsonl.xz'])
 def test_rows(tmp_path, capsys, name):
     """Names are names, not patterns: a[1].jsonl is a file."""
-    source = rows(tmp_path / name.lower(), column='body')
-    os.rename(source, tmp_path / name)
-    meta, folder = make(tmp_path, data_files=str(tmp_path / name), text_column='body')
-    assert documents(folder) == sorted(text.replace('\ud83d', '\ufffd') for text in ROWS if text)
+    os.rename(rows(tmp_path / name.lower(), column='body'), tmp_path / name)
+    made = [make(tmp_path / str(seed), data_files=str(tmp_path / name), text_column='body', seed=seed)[1] for seed in (0, 1)]
+    assert documents(made[0]) == sorted(text.replace('\ud83d', '\ufffd') for text in ROWS if text)
+    assert documents(made[0], 'val') != documents(made[1], 'val')
     assert '2,503 documents (1 empty)' in capsys.readouterr().out
-    _, other = make(tmp_path / 'other', data_files=str(tmp_path / name), text_column='body', seed=1)
-    assert set(documents(other, 'val')) != set(documents(folder, 'val'))
-    write(tmp_path / 'd' / 'a.jsonl', '{"text": "one", "n": 1}\n{"text": null}\n\n')                # other columns, mixed
+
+
+def test_rows_of_other_columns_and_kinds(tmp_path):
+    write(tmp_path / 'd' / 'a.jsonl', '{"text": "one", "n": 1}\n{"text": null}\n\n')
     write(tmp_path / 'd' / 'b.jsonl', '\ufeff{"m": [], "text": "two"}\r\n')
     write(tmp_path / 'd' / 'c.txt', 'three')
-    folder = make(tmp_path / 'mixed', data_files=str(tmp_path / 'd'), val_fraction=0.5)[1]
-    assert sorted(read_bytes(folder, 'train') + read_bytes(folder, 'val')) == sorted(b'onetwothree')
+    odd = write(tmp_path / 'odd.bin', bytes(range(256)))                       # taken as it is where it is named
+    folder = make(tmp_path, data_files=f'{tmp_path}/d,{odd}', val_fraction=0.5)[1]
+    assert sorted(read_bytes(folder, 'train') + read_bytes(folder, 'val')) == sorted(b'onetwothree' + bytes(range(256)))
 
 
 def test_local_copy_of_a_hub_dataset(gpt2, tmp_path, monkeypatch):
@@ -283,8 +225,6 @@ def test_local_copy_of_a_hub_dataset(gpt2, tmp_path, monkeypatch):
     assert read_bytes(folder, 'val') == ''.join(lines[:8]).encode()
     assert read_bytes(folder, 'train') == ''.join(lines).encode()
     assert meta['tokenizer'] == 'gpt2' and gpt2.eot not in TokenData(folder, 'train', 1).tokens
-    with pytest.raises(DataError, match="near row 1: expected .* text in column 'n'"):
-        make(tmp_path / 'n', hf_dataset=str(tmp_path / 'wiki'), text_column='n')
     rows(tmp_path / 'plain' / 'data.jsonl', ROWS[:-1])
     _, folder = make(tmp_path / 'b', hf_dataset=str(tmp_path / 'plain'), tokenizer='bytes', val_fraction=0.1)
     assert documents(folder) == sorted(filter(None, ROWS[:-1]))
@@ -302,45 +242,40 @@ def test_rows_that_are_none(tmp_path, text, words):
     assert str(e.value).startswith(bad) and words in str(e.value) and '\n' not in str(e.value)
 
 
-# ---- reading back
 @relaxed
 @given(data=st.data(), n_tokens=st.integers(2, 200), block=st.integers(1, 20), seed=st.integers(0, 1 << 40),
        ranks=st.integers(1, 5))
 def test_every_epoch_reads_every_window_once(tmp_path, data, n_tokens, block, seed, ranks):
-    block, folder = min(block, n_tokens - 1), by_hand(tmp_path / 'd', np.arange(n_tokens))
+    block, folder = min(block, n_tokens - 1), counting(tmp_path, n_tokens)
     tokens = TokenData(folder, 'train', block, seed)
     assert tokens.n_windows == (n_tokens - 1) // block and tokens.bytes_per_token == 1.0
     epoch, n = data.draw(st.integers(0, 3)), tokens.n_windows
     x, y = tokens.batch(epoch * n, n)
     assert x.shape == y.shape == (n, block) and x.dtype == y.dtype == np.int64
-    assert x.flags.c_contiguous and y.flags.c_contiguous
     assert (y == x + 1).all() and sorted(x.ravel()) == list(range(n * block))
     # any number of ranks, each its share of every batch, reads what one rank reads; so does one that resumes anywhere
-    at, size = data.draw(st.integers(0, 3 * n)), data.draw(st.integers(1, 7)) * ranks
-    whole, share = tokens.batch(at, size)[0], size // ranks
+    at, share = data.draw(st.integers(0, 3 * n)), data.draw(st.integers(1, 7))
+    stream = np.concatenate([tokens.batch(e * n, n)[0] for e in range((at + share * ranks) // n + 1)])
     for order in (range(ranks), reversed(range(ranks))):
         fresh = TokenData(folder, 'train', block, seed)
-        for rank in order:
-            assert (fresh.batch(at + rank * share, share)[0] == whole[rank * share:(rank + 1) * share]).all()
-    stream = np.concatenate([tokens.batch(e * n, n)[0] for e in range((at + size) // n + 1)])
-    assert (stream[at:at + size] == whole).all()
-    first = TokenData(by_hand(tmp_path / 'd', np.arange(250)), 'train', 1, 0).batch(0, 6)[0]
+        for start in (at + rank * share for rank in order):
+            assert (fresh.batch(start, share)[0] == stream[start:start + share]).all()
+    first = TokenData(counting(tmp_path, 250), 'train', 1, 0).batch(0, 6)[0]
     assert first.ravel().tolist() == [141, 174, 109, 246, 242, 111]            # what a checkpoint's position means
 
 
-def test_what_does_not_fit(tmp_path, monkeypatch):
+def test_what_does_not_fit(tmp_path):
     """Of a large file not every byte is verified: a token that no embedding has is found in its batch."""
-    monkeypatch.chdir(tmp_path)
     for block in (-1, 0, 9):
         with pytest.raises(DataError, match=f'block_size {block}: expected 1 to 8'):
-            TokenData(by_hand(tmp_path / 'd', range(9)), 'train', block)
+            TokenData(counting(tmp_path, 9), 'train', block)
+    tokens = TokenData(counting(tmp_path, 9), 'train', 1)
+    with open(tokens.path, 'r+b') as file:
+        file.write(np.uint16(261).tobytes())
     with pytest.raises(DataError, match='it has a token 261'):
-        TokenData(by_hand(tmp_path / 'd', [1, 2, 3, 4, 5, 261, 7, 8, 9]), 'train', 1).batch(0, 8)
-    with pytest.raises(DataError, match='not there, or only half made: .*python prepare.py --dataset=pysrc --out_dir'):
-        TokenData('data/pysrc', 'train', 8)
-    write(tmp_path / 'some' / 'x' / 'train.bin', b'1234')
-    with pytest.raises(DataError, match='--dataset=x --out_dir=some/x`, .*--data_files=FILES'):
-        TokenData('some/x', 'train', 8)
+        tokens.batch(0, 8)
+    with pytest.raises(DataError, match='not there, or only half made: .*--dataset=pysrc --out_dir=.*/pysrc`, .*--data_files='):
+        TokenData(f'{tmp_path}/pysrc', 'train', 8)
 
 
 def test_damage_is_found_and_repaired(tmp_path, capsys):
@@ -356,107 +291,81 @@ def test_damage_is_found_and_repaired(tmp_path, capsys):
             TokenData(folder, 'train', 8)
     assert make(tmp_path, **knobs)[0]['splits'] == meta['splits'] and path.read_bytes() == whole
     assert 'is made anew: it is damaged' in capsys.readouterr().out
-    for i in range(600):
-        write(meta_path, flipped(whole_meta) if i < 500 else whole_meta[:chance.randrange(len(whole_meta))])
+    cut = [whole_meta[:chance.randrange(len(whole_meta))] for _ in range(100)]
+    forged = [b'', b'\xff', b'[' * 100_000, b'[]', b'{"check": 1, "splits": null}']
+    for data in forged + cut + [flipped(whole_meta) for _ in range(500)]:
+        write(meta_path, data)
         with contextlib.suppress(DataError):
             assert load_meta(folder) == json.loads(whole_meta)                 # white space may change, and no more
     assert make(tmp_path, **knobs)[0]['splits'] == meta['splits']
-    for content in (b'', b'\xff', b'[' * 100_000, b'[]', b'{"check": 1, "splits": null}'):
-        write(meta_path, content)
-        with pytest.raises(DataError, match='meta.json is damaged'):
-            TokenData(folder, 'train', 8)
 
 
-# ---- bad input
 @pytest.mark.parametrize('args, words', [
     ('--dataset=books', ["'books'", '--data_files=']), ('--data_files=nowhere.txt', ['nowhere.txt', 'expected a folder or']),
     ('--data_files=empty.txt', ['0 bytes of text']), ('--data_files=tiny.txt', ['0 bytes of text in train']),
     ('--data_files=x.txt --roots=.', ['use one of']), ('--roots=. --suffixes=.zig', ['0 bytes of text']),
     ('--dataset=pysrc --tokenizer=gpt5', ['gpt5', 'bytes or gpt2']), ('--dataset=pysrc --num_proc=-1', ['num_proc']),
     ('--data_files=x.txt --val_fraction=1', ['val_fraction']), ('--dataset=pysrc --sed=1', ['did you mean seed?']),
-    ('--data_files=utf16.txt', ['utf16.txt', 'UTF16', 'convert']), ('--data_files=x.zip', ['packed', 'unpack']), ('--data_files=x.tar.gz', ['packed', 'unpack']),
-    ('--data_files=x.txt.zst', ['packed', 'unpack']), ('--data_files=cut.gz', ['cut.gz, near row 0']),
-    ('--data_files=bad.gz', ['bad.gz', 'unreadable']), ('--data_files=bad.parquet', ['bad.parquet, near row 0']),
-    ('--data_files=x.csv', ['x.csv', 'expected json or parquet', '--roots=x.csv for plain text'])])
+    ('--data_files=utf16.txt', ['utf16.txt', 'UTF16', 'convert']), ('--data_files=x.zip', ['packed', 'unpack']),
+    ('--data_files=x.tar.gz', ['packed', 'unpack']), ('--data_files=x.txt.zst', ['packed', 'unpack']),
+    ('--data_files=cut.gz', ['cut.gz, near row 0']), ('--data_files=bad.gz', ['bad.gz', 'unreadable']),
+    ('--data_files=bad.parquet', ['bad.parquet, near row 0']), ('--tokenizer=bytes', ['Skylion007/openwebtext']),
+    ('--data_files=x.csv', ['x.csv', 'expected json or parquet', '--roots=x.csv for plain text']),
+    ('--data_files=x.txt --tokenizer=gpt2', ['TIKTOKEN_CACHE_DIR'])])
 def test_mistakes(tmp_path, args, words):
     packed = gzip.compress(random.Random(0).randbytes(9000))
     for name, text in {'x.txt': 'text ' * 9, 'empty.txt': '', 'tiny.txt': 'a', 'utf16.txt': 'text'.encode('utf-16'),
                        'x.zip': b'PK\3\4\0', 'x.txt.zst': b'\x28\xb5\x2f\xfdabc', 'cut.gz': packed[:-1000],
-                       'x.tar.gz': gzip.compress(bytes(257) + b'ustar'), 'bad.gz': b'text', 'bad.parquet': 'text', 'x.csv': 'n,text\n1,some text\n'}.items():
+                       'x.tar.gz': gzip.compress(bytes(257) + b'ustar'), 'bad.gz': b'text', 'bad.parquet': 'text',
+                       'x.csv': 'n,text\n1,some text\n'}.items():
         write(tmp_path / name, text)
-    line = run(*args.split(), cwd=tmp_path, code=2)
+    line = run(tmp_path, *args.split(), code=2)
     assert all(word in line for word in words), line
     assert not [name for _, _, names in os.walk(tmp_path / 'data') for name in names if name != 'lock']
 
 
-@pytest.mark.parametrize('package, args', [('pyarrow', '--data_files=x.parquet'), ('datasets', '--tokenizer=bytes'),
-                                           ('tiktoken', '--data_files=x.txt --tokenizer=gpt2')])
-def test_missing_packages_and_no_network(tmp_path, package, args):
+def test_missing_packages(tmp_path):
+    """The pip line of each; local text as bytes needs none of them."""
     for name, text in {'x.txt': 'text ' * 99, 'x.parquet': 'PAR1', 'x.jsonl': '{"text": "xxxxxxxxxxxxxxx"}\n'}.items():
         write(tmp_path / name, text)
-    if package != 'pyarrow':
-        env = {'TIKTOKEN_CACHE_DIR': str(tmp_path / 'empty'), 'HTTPS_PROXY': 'http://127.0.0.1:9'}
-        line = run(*args.split(), cwd=tmp_path, code=2, env=env)
-        assert 'TIKTOKEN_CACHE_DIR' in line or 'Skylion007/openwebtext' in line
-    for name in (package, 'datasets', 'tiktoken', 'pyarrow'):
-        write(tmp_path / 'none' / f'{name}.py', f'raise ImportError(name={name!r})')
-    env = {'PYTHONPATH': str(tmp_path / 'none')}
-    assert f'pip install {package}' in run(*args.split(), cwd=tmp_path, code=2, env=env)
-    run('--data_files=x.txt,x.jsonl', cwd=tmp_path, env=env)                   # local text as bytes needs none of them
+    script = write(tmp_path / 'without.py', f"""import runpy, sys
+sys.modules.update(dict.fromkeys(('datasets', 'tiktoken', 'pyarrow')))
+runpy.run_path({REPO + '/prepare.py'!r}, run_name='__main__')""")
+    for package, args in (('pyarrow', ['--data_files=x.parquet']), ('datasets', ['--tokenizer=bytes']),
+                          ('tiktoken', ['--data_files=x.txt', '--tokenizer=gpt2'])):
+        assert f'pip install {package}' in run(tmp_path, *args, code=2, script=script)
+    run(tmp_path, '--data_files=x.txt,x.jsonl', script=script)
 
 
-# ---- never a dataset that looks finished and is not
-BIG = ['--data_files=big.txt', '--num_proc=1', '--val_fraction=0.5']
-
-
-def begin(tmp_path, path):
-    """A preparation, as soon as it has made this file or folder."""
-    process = start(*BIG, cwd=tmp_path)
-    while not os.path.exists(tmp_path / 'data' / 'big' / path) and process.poll() is None:
-        time.sleep(0.001)
-    return process
-
-
-def test_kill_anywhere(tmp_path):
-    """kill -9 at many instants, before, during and after the writing: afterwards no dataset, or a whole one."""
-    folder, seen, chance = tmp_path / 'data' / 'big', [], random.Random(3)
+def test_killed_interrupted_two_at_once_and_without_space(tmp_path):
+    """kill -9 before, during and after the writing. A limit on the size of files stands for a full disk."""
+    args, folder, seen, chance = ['--data_files=big.txt', '--num_proc=1'], tmp_path / 'data' / 'big', [], random.Random(3)
     write(tmp_path / 'big.txt', b'some words and a number 123\n' * 640_000)
+
+    def whole():
+        return (folder / 'meta.json').exists() and all(TokenData(str(folder), split, 1) for split in ('train', 'val'))
+
+    def begin(path):
+        process = start(tmp_path, *args)
+        while not os.path.exists(folder / path) and process.process.exitcode is None:
+            time.sleep(0.001)
+        return process
     for attempt in range(8):
         shutil.rmtree(folder, ignore_errors=True)
-        process = begin(tmp_path, 'lock' if attempt % 2 else 'unfinished/train')
+        process = begin('lock' if attempt % 2 else 'unfinished/train')
         time.sleep(chance.random() * 0.06)
-        process.kill()
-        process.communicate()
-        seen.append(bool(is_dataset(folder)))
-        assert seen[-1] or not os.path.exists(folder / 'meta.json')
+        process.kill().wait()
+        seen.append(whole())                                                   # or this says that it is damaged
     assert False in seen
     for name in ('unfinished/train', 'unfinished/x', 'unfinished.tmp', 'train.bin'):           # litter of every kind
         write(folder / name, 'litter')
-    run(*BIG, cwd=tmp_path)
-    assert is_dataset(folder) and sorted(os.listdir(folder)) == DATASET
-
-
-def test_many_ranks_at_once(tmp_path):
-    """ensure_pysrc in several processes, as torchrun starts them: one makes it, the others wait for it."""
-    code = f'import sys; sys.path.insert(0, {ROOT!r}); import prepare; print(prepare.ensure_pysrc("d/pysrc")["check"])'
-    ranks = [subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, text=True, stdout=subprocess.PIPE)
-             for _ in range(4)]
-    said = {rank.communicate(timeout=120)[0].splitlines()[-1] for rank in ranks}
-    assert len(said) == 1 and [rank.returncode for rank in ranks] == [0] * 4
-
-
-def test_two_at_once_interrupted_and_without_space(tmp_path):
-    """A limit on the size of files stands for a full disk."""
-    folder = tmp_path / 'data' / 'big'
-    write(tmp_path / 'big.txt', b'some words and a number 123\n' * 2_000_000)
-    first = begin(tmp_path, 'unfinished/unfinished.tmp')
-    first.send_signal(signal.SIGSTOP)
+    run(tmp_path, *args)
+    assert whole() and sorted(os.listdir(folder)) == DATASET
+    shutil.rmtree(folder)
+    first = begin('unfinished/unfinished.tmp').kill(signal.SIGSTOP)
     try:
-        assert f'in use by process {first.pid}' in run(*BIG, cwd=tmp_path, code=1) and not is_dataset(folder)
+        assert f'in use by process {first.pid}' in run(tmp_path, *args, code=1) and not whole()
     finally:
-        first.send_signal(signal.SIGINT)
-        first.send_signal(signal.SIGCONT)
-    err = first.communicate(timeout=60)[1]
-    assert first.returncode == 130 and err.count('\n') == 1 and 'interrupted' in err and os.listdir(folder) == ['lock']
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-    assert 'too large' in run(*BIG, cwd=tmp_path, code=1, preexec_fn=limit) and os.listdir(folder) == ['lock']
+        first.kill(signal.SIGINT).kill(signal.SIGCONT).wait()
+    assert first.code == 130 and first.err.count('\n') == 1 and 'interrupted' in first.err and os.listdir(folder) == ['lock']
+    assert 'too large' in run(tmp_path, *args, code=1, fsize=1 << 20) and os.listdir(folder) == ['lock']

@@ -7,6 +7,7 @@ n_layer = 12
 n_embd = 768
 n_head = 12
 n_modes = 512
+chunk_size = 512  # for a GPU; a CPU likes 128
 block_size = 1024
 batch_tokens = 196_608  # 192 sequences of 1,024
 micro_batch_size = 8

@@ -16,7 +16,7 @@ NANOGPT = dict(batch_size='see micro_batch_size, and batch_tokens for a whole st
                gradient_accumulation_steps='it follows from batch_tokens', dropout='there is none',
                eval_iters='see eval_tokens', decay_lr='see schedule', start='see prompt')
 given = set()  # the knobs that a config file or the command line has set
-_locks = {}  # folder: its open lock
+locks = {}  # folder: its open lock
 
 
 def die(message, code=2):
@@ -152,7 +152,7 @@ def lock_folder(folder):
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, 'lock')
     with suppress(KeyError, OSError):
-        if os.path.samestat(os.stat(path), os.fstat(_locks[folder])):
+        if os.path.samestat(os.stat(path), os.fstat(locks[folder])):
             return
     lock = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)  # never through a link
     try:
@@ -163,7 +163,7 @@ def lock_folder(folder):
         raise BlockingIOError(f'{folder} is in use by process {holder}') from None
     except (ImportError, OSError) as e:  # Windows, or a file system without locks
         print(f'warning: {folder} cannot be locked: {e}', file=sys.stderr)
-    _locks[folder] = lock
+    locks[folder] = lock
     os.truncate(lock, 0)
     os.write(lock, str(os.getpid()).encode())
 

@@ -6,11 +6,10 @@ Blocks with two kinds of mixer alternate, three to one (pattern 'SSSL'); a third
     L  GLA: gated linear attention, a recurrent state of H x K x V numbers. Chunks over a sequence.
     A  softmax attention with rotary positions and a KV cache, for comparisons and hybrids.
 Letters in shape comments:
-    B batch   T time   C channels (n_embd)   M taps (n_modes)   N inputs in a row of a filter   n chunks or blocks
+    B batch   T time   C channels (n_embd)   M taps (n_modes)   N = M + T inputs of a filter   n chunks
     H heads   K key width of a head   V value width of a head   c tokens in a chunk
 Papers: FELA (ACML 2026); Fourier Neural Operator (Li et al. 2021); GLA (Yang et al. 2024, arXiv:2312.06635);
-overlap-save (Oppenheim & Schafer, ch. 8); SwiGLU (Shazeer 2020); RoPE (Su et al. 2021); Muon (Jordan 2024).
-
+SwiGLU (Shazeer 2020); RoPE (Su et al. 2021); Muon (Jordan 2024).
 To add a mixer, write a class like FNOMixer and give it a letter in MIXERS; nothing else has to know of it.
 """
 
@@ -49,7 +48,7 @@ class FELAConfig:
         if not self.pattern or set(self.pattern) - MIXERS.keys():
             raise ValueError(f'pattern={self.pattern!r}: expected letters out of {", ".join(MIXERS)}')
         for name, value in vars(self).items():
-            if name != 'pattern' and value < (0 if name == 'mlp_hidden' else 1):
+            if type(value) is int and value < (0 if name == 'mlp_hidden' else 1):
                 raise ValueError(f'{name}={value}: expected a positive number')
         for letter, name in (('L', 'gla_heads'), ('A', 'n_head')):
             if letter in self.pattern and self.n_embd % getattr(self, name):
@@ -67,75 +66,63 @@ def causal_fir(x, taps, past=None):
     """y[b,t,c] = sum_{j<M} taps[j,c] x[b,t-j,c]: a filter of M taps for every channel.
 
     x (B,T,C); taps (M,C); past (B,M-1,C): the inputs just before x, None means zeros. Returns y like x.
-    By FFT in fp32 (fp64 for fp64 taps), O(T log M); in bf16 on a GPU by matrix products, faster there."""
+    By FFT in fp32 (fp64 for fp64 taps), O(T log T); in bf16 on a GPU by matrix products, faster there."""
     if x.dim() != 3 or taps.dim() != 2 or taps.shape[1] != x.shape[2]:
         raise ValueError(f'expected x (B,T,C) and taps (M,C), got {tuple(x.shape)} and {tuple(taps.shape)}')
     (B, T, C), M = x.shape, len(taps)
-    if past is not None and past.shape != (B, M - 1, C):
-        raise ValueError(f'expected past (B,M-1,C) = {(B, M - 1, C)}, got {tuple(past.shape)}')
+    # one input more than is used, so that rows are as long as blocks of products want
+    past = x.new_zeros(B, M, C) if past is None else F.pad(past.to(x.dtype), (0, 0, 1, 0))
+    if past.shape != (B, M, C):
+        raise ValueError(f'expected past (B,M-1,C) = {(B, M - 1, C)}, got {past.shape[1] - 1} inputs')
     # products are compiled for every length: those of training, and of prefill in segments
     products = x.is_cuda and x.dtype == torch.bfloat16 and M % BLOCK == T % (8 * BLOCK) == 0
     dtype = x.dtype if products else torch.promote_types(taps.dtype, torch.float32)
-    inputs = x if past is None else torch.cat((past.to(x.dtype), x), 1)
-    inputs = F.pad(inputs.permute(2, 0, 1), (M + T - inputs.shape[1], 0))  # (C,B,M+T), the first is not used
-    y = fir(inputs.to(dtype).contiguous(), taps.t().to(dtype).contiguous())
-    return y.permute(1, 2, 0).to(x.dtype)
+    inputs = torch.cat((past, x), 1).permute(2, 0, 1).to(dtype).contiguous()  # (C,B,M+T)
+    return fir(inputs, taps.t().to(dtype).contiguous()).permute(1, 2, 0).to(x.dtype)
 
 
-@torch.library.custom_op('fela::fir', mutates_args=())  # torch.compile, which has no complex numbers, calls it as it is
+# Two operators that torch.compile, which has no complex numbers, calls as they are. x (C,B,N), taps (C,M)
+
+@torch.library.custom_op('fela::fir', mutates_args=())
 def fir(x: Tensor, taps: Tensor) -> Tensor:
-    """x (C,B,N), taps (C,M) -> y (C,B,N-M): y[t] = sum_j taps[j] x[M + t - j]"""
-    return (compiled(products_fir, x.is_cuda) if x.dtype == torch.bfloat16 else fft_fir)(x, taps)
+    """-> y (C,B,N-M): y[t] = sum_j taps[j] x[M + t - j]"""
+    return compiled(products_fir, x.is_cuda)(x, taps) if x.dtype == torch.bfloat16 else fft_fir(x, taps)
 
 
-@torch.library.custom_op('fela::fir_taps_gradient', mutates_args=())
-def fir_taps_gradient(x: Tensor, dy: Tensor) -> Tensor:
-    """x (C,B,N), dy (C,B,N-M) -> (C,M): the gradient of tap j is the sum over t of dy[t] x[M + t - j]"""
-    return (compiled(products_correlate, x.is_cuda) if x.dtype == torch.bfloat16 else fft_correlate)(x, dy)
-
-
-def fir_backward(ctx, dy):
-    """The gradient of a causal filter is the same filter run backwards in time. All rows are one line: their
-    gradients are M zeros apart, so that none reaches its neighbour's."""
-    x, taps = ctx.saved_tensors
-    M = taps.shape[1]
-    line = F.pad(dy, (0, M)).view(len(x), 1, -1)  # (C,1,B N)
-    dx = fir(F.pad(line, (M + 1, -1)), taps.flip(1)).view(x.shape)
-    return dx, fir_taps_gradient(x, dy.contiguous())
+@torch.library.custom_op('fela::fir_gradients', mutates_args=())
+def fir_gradients(x: Tensor, taps: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """-> those of x, sum_j taps[j] dy[i - M + j], and of taps, sum_t dy[t] x[M + t - j]"""
+    f = compiled(products_gradients, x.is_cuda) if x.dtype == torch.bfloat16 else fft_gradients
+    return f(x, taps, dy)
 
 
 fir.register_fake(lambda x, taps: x.new_empty(*x.shape[:2], x.shape[2] - taps.shape[1]))
-fir_taps_gradient.register_fake(lambda x, dy: x.new_empty(len(x), x.shape[2] - dy.shape[2]))
-fir.register_autograd(fir_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+fir_gradients.register_fake(lambda x, taps, dy: (torch.empty_like(x), torch.empty_like(taps)))
+fir.register_autograd(lambda ctx, dy: fir_gradients(*ctx.saved_tensors, dy.contiguous()),
+                      setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
-def fft_blocks(x, M):
-    """Overlap-save: a product of spectra is a circular filter, whose first M-1 outputs wrap around and are dropped.
-    So blocks of n inputs overlap by M-1. x (C,B,N) -> spectra (C,B,blocks,n/2+1), n, outputs of a block"""
-    N = x.shape[2] - 1
-    n = M * min(5, -(-N // M))  # all of a short row, else 5M
-    step = n - M + 1
-    return torch.fft.rfft(F.pad(x[..., 1:], (0, -(N - M + 1) % step)).unfold(2, n, step)), n, step
+def spectra(*signals):
+    """A product of spectra is a circular filter: its users leave out what wraps around the end"""
+    n = -(-signals[0].shape[-1] // 64) * 64
+    return n, *(torch.fft.rfft(signal, n) for signal in signals)
 
 
 def fft_fir(x, taps):
+    n, X, H = spectra(x, taps.unsqueeze(1))
+    return torch.fft.irfft(X * H, n)[..., taps.shape[1]:x.shape[2]].contiguous()
+
+
+def fft_gradients(x, taps, dy):
     M = taps.shape[1]
-    spectra, n, _ = fft_blocks(x, M)
-    y = torch.fft.irfft(spectra * torch.fft.rfft(taps, n)[:, None, None], n)[..., M - 1:]
-    return y.flatten(2)[..., :x.shape[2] - M].contiguous()
+    n, X, H, D = spectra(x, taps.unsqueeze(1), F.pad(dy, (M, 0)))
+    dx, dtaps = torch.fft.irfft(D * H.conj(), n), torch.fft.irfft((D * X.conj()).sum(1), n)
+    return dx[..., :x.shape[2]].contiguous(), dtaps[:, :M].contiguous()
 
 
-def fft_correlate(x, dy):
-    M = x.shape[2] - dy.shape[2]
-    spectra, n, step = fft_blocks(x, M)
-    dy = F.pad(dy, (0, -dy.shape[2] % step)).unflatten(2, (-1, step))
-    outputs = torch.fft.rfft(F.pad(dy, (M - 1, 0)))  # each at its place among the n inputs of its block
-    return torch.fft.irfft((outputs * spectra.conj()).sum((1, 2)), n)[:, :M].contiguous()
-
-
-# m outputs in a row depend on M+m inputs, so all n blocks of outputs are windows (C,n,M+m) @ band (C,M+m,m), views of
-# inputs and taps that overlap themselves. Products written by torch.compile read them as they are; cuBLAS would have
-# them copied, M/m times larger.
+# m outputs in a row depend on M+m inputs, so all n blocks of outputs are windows (C,n,M+m) @ band (C,M+m,m),
+# views of inputs and taps that overlap themselves. Products written by torch.compile read them as they are;
+# cuBLAS would have them copied, M/m times larger.
 BLOCK = 64  # m
 
 
@@ -147,8 +134,8 @@ def compiled(f, cuda):
 
 def windows_of(x, M, m=BLOCK):
     """x (C,B,N), its rows as one line -> (C,(B N - M)/m,M+m)"""
-    line = x.shape[1] * x.shape[2]
-    return x.as_strided((len(x), (line - M) // m, M + m), (line, m, 1))
+    C, line = len(x), x[0].numel()
+    return x.as_strided((C, (line - M) // m, M + m), (line, m, 1))
 
 
 def products_fir(x, taps, m=BLOCK):
@@ -160,12 +147,14 @@ def products_fir(x, taps, m=BLOCK):
     return y.view(C, B, N)[..., :N - M].contiguous()
 
 
-def products_correlate(x, dy, m=BLOCK):
-    """Output a of a block meets input i = M + a - j of its window: a tap is a diagonal of all pairs"""
-    C, M = len(x), x.shape[2] - dy.shape[2]
-    dy = F.pad(dy, (0, M)).flatten(1)[:, :-M].reshape(C, -1, m)
-    pairs = torch.bmm(dy.mT, windows_of(x, M))  # (C,m,M+m)
-    return pairs.as_strided((C, m, M), (m * (M + m), M + m + 1, 1), 1).sum(1).flip(1)
+def products_gradients(x, taps, dy, m=BLOCK):
+    """That of x is the filter run backwards in time. For that of taps, output a of a block meets input
+    i = M + a - j of its window: a tap is a diagonal of all pairs."""
+    C, M = taps.shape
+    line = F.pad(dy, (0, M)).flatten(1)  # (C,B N)
+    dx = products_fir(F.pad(line, (M + 1, -1)).unsqueeze(1), taps.flip(1)).view(x.shape)
+    pairs = torch.bmm(line[:, :-M].unflatten(1, (-1, m)).mT, windows_of(x, M))  # (C,m,M+m)
+    return dx, pairs.as_strided((C, m, M), (m * (M + m), M + m + 1, 1), 1).sum(1).flip(1)
 
 
 # -- L: gated linear attention
@@ -180,8 +169,8 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=128, floor
     and the state in fp32 (fp64 for fp64). A log_decay below floor acts as floor: e^-20 is below fp32
     rounding, and who knows a higher bound may say so."""
     if k.shape != q.shape or log_decay.shape != q.shape or v.shape[:3] != q.shape[:3]:
-        shapes = ', '.join(str(tuple(t.shape)) for t in (q, k, log_decay, v))
-        raise ValueError(f'expected q, k, log_decay (B,H,T,K) and v (B,H,T,V), got {shapes}')
+        raise ValueError('expected q, k, log_decay (B,H,T,K) and v (B,H,T,V), '
+                         f'got {[tuple(t.shape) for t in (q, k, log_decay, v)]}')
     if state is None:
         dtype = torch.promote_types(v.dtype, torch.float32)
         state = v.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype)
@@ -217,13 +206,13 @@ def gla_chunks(q, k, v, g, S, c, block):
 
 
 def gla_inside(q, k, v, b, block):
-    """o_t = sum_{j<=t} (q_t e^(b_t - b_j) k_j^T) v_j among the c tokens of a chunk, q (...,c,K), v (...,c,V)"""
+    """o_t = sum_{j<=t} (q_t e^(b_t - b_j) k_j^T) v_j in chunks of c tokens, q, k, b (...,c,K), v (...,c,V)"""
     c = b.shape[-2]
     if c <= block:  # the decay is factored about the middle, where neither factor overflows
         middle = b[..., (c - 1) // 2, None, :]
         scores = (q * (b - middle).exp()) @ (k * (middle - b).exp()).mT
-        return scores.tril().to(v.dtype) @ v  # scores in fp32: in the gradient of the gates nearly all cancels
-    # two halves; the second also sees the first, with decays from the border between them, where both are <= 1
+        return scores.tril().to(v.dtype) @ v  # fp32 until here: in the gates' gradient nearly all cancels
+    # Of two halves the second also sees the first. Decays from the border between them are both <= 1.
     q, k, v, b = (t.unflatten(-2, (2, -1)) for t in (q, k, v, b))
     o1, o2 = gla_inside(q, k, v, b, block).unbind(-3)
     (_, q2), (k1, _), (v1, _), (b1, b2) = (t.unbind(-3) for t in (q, k, v, b))
@@ -232,9 +221,19 @@ def gla_inside(q, k, v, b, block):
     return torch.cat((o1, o2 + (q2 @ k1.mT) @ v1), -2)
 
 
+# -- mixers
+
+def projections(width, *outputs):
+    """A Linear of several projections, whose matrices stand one above the other: Muon takes each by itself"""
+    linear = nn.Linear(width, sum(outputs), bias=False)
+    linear.parts = len(outputs)
+    return linear
+
+
 class Mixer(nn.Module):
-    """What a block and the model ask of a mixer: `forward` over a sequence, `step` over one token (B,1,C), state in,
-    state out (None: none is wanted). A state is two tuples: tensors with a row for each row of the batch; the rest."""
+    """What is asked of a mixer: `forward` over a sequence, `step` over one token (B,1,C), state in, state out
+    (None: none is wanted), `init_state(batch_size)`, and what follows. A state is two tuples: tensors with a
+    row for each row of the batch, and the rest."""
     filters = ()  # names of parameters of two dimensions that are no matrices: no weight decay, no Muon
 
     def init_weights(self):
@@ -258,9 +257,7 @@ class FNOMixer(Mixer):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.in_proj = nn.Linear(C, 2 * C, bias=False)  # u, z
-        self.in_proj.parts = 2
-        self.out_proj = nn.Linear(C, C, bias=False)
+        self.in_proj, self.out_proj = projections(C, C, C), projections(C, C)  # u, z
         self.taps = nn.Parameter(torch.empty(config.n_modes, C))
         self.direct = nn.Parameter(torch.empty(C))
 
@@ -316,12 +313,9 @@ class GLAMixer(Mixer):
         super().__init__()
         C = config.n_embd
         self.n_head, self.chunk_size, self.memory = config.gla_heads, config.chunk_size, config.n_modes
-        self.in_proj = nn.Linear(C, 4 * C, bias=False)  # q, k, v, z
-        self.in_proj.parts = 4
+        self.in_proj, self.out_proj = projections(C, C, C, C, C), projections(C, C)  # q, k, v, z
         self.short_taps = nn.Parameter(torch.empty(self.width, 3 * C))
-        self.decay_down = nn.Linear(C, self.rank, bias=False)
-        self.decay_up = nn.Linear(self.rank, C)
-        self.out_proj = nn.Linear(C, C, bias=False)
+        self.decay_down, self.decay_up = projections(C, self.rank), nn.Linear(self.rank, C)
         # A first token's output is v (q.k): normalised, the sign of q.k, whose gradient is a spike.
         # eps, 1% of that output's variance at initialisation if silu(x) were x / 2, keeps it low.
         self.eps = 0.01 * (C // self.n_head) * (0.02 ** 2 * C / 4) ** 3
@@ -364,25 +358,24 @@ class GLAMixer(Mixer):
 
 class AttentionMixer(Mixer):
     """A, the baseline: causal softmax attention with rotary positions.
-    State, the KV cache: k and v (B,H,capacity,K); the tokens in it, a number, or after make_room() a tensor (1,), so
-    that all steps are one program."""
+    State, the KV cache: k and v (B,H,capacity,K); the tokens in it, a number, or after make_room() a tensor
+    (1,), so that all steps are one program."""
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.in_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # q, k, v
-        self.in_proj.parts = 3
-        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        C, self.n_head = config.n_embd, config.n_head
+        self.in_proj, self.out_proj = projections(C, C, C, C), projections(C, C)  # q, k, v
 
     def flops(self, T):
         return 2 * T * self.out_proj.in_features  # T / 2 tokens are seen on average, as keys and as values
 
     def init_state(self, batch_size):
         w, H = self.out_proj.weight, self.n_head
-        return (w.new_zeros(batch_size, H, 0, len(w) // H), w.new_zeros(batch_size, H, 0, len(w) // H)), (0,)
+        return tuple(w.new_zeros(2, batch_size, H, 0, len(w) // H)), (0,)
 
     def make_room(self, state, tokens):
         caches, (n,) = state
-        return tuple(F.pad(cache, (0, 0, 0, tokens)) for cache in caches), (caches[0].new_full((1,), int(n), dtype=torch.long),)
+        position = torch.full((1,), int(n), device=caches[0].device)
+        return tuple(F.pad(cache, (0, 0, 0, tokens)) for cache in caches), (position,)
 
     def forward(self, x, state=None):
         (B, T, C), K = x.shape, x.shape[2] // self.n_head
@@ -415,9 +408,7 @@ class MLP(nn.Module):
     """SwiGLU (Shazeer 2020)"""
     def __init__(self, C, hidden):
         super().__init__()
-        self.in_proj = nn.Linear(C, 2 * hidden, bias=False)  # gate, value
-        self.in_proj.parts = 2
-        self.out_proj = nn.Linear(hidden, C, bias=False)
+        self.in_proj, self.out_proj = projections(C, hidden, hidden), projections(hidden, C)  # gate, value
 
     def forward(self, x):
         gate, value = self.in_proj(x).chunk(2, -1)
@@ -465,11 +456,12 @@ class FELA(nn.Module):
             if isinstance(module, nn.LayerNorm):
                 module.weight.fill_(1)
             elif isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(std=0.02 / math.sqrt(2 * len(self.blocks)) if 'out_proj' in name else 0.02)
+                small = 2 * len(self.blocks) if 'out_proj' in name else 1
+                module.weight.normal_(std=0.02 / math.sqrt(small))
         for block in self.blocks:
             block.mixer.init_weights()
         for name, p in self.named_parameters():
-            assert p.is_meta or p.isfinite().all(), f'{name} is not initialised: by the init_weights of its mixer?'
+            assert p.is_meta or p.isfinite().all(), f'{name}: its mixer does not initialise it'
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
@@ -488,7 +480,7 @@ class FELA(nn.Module):
             for n, p in module.named_parameters(recurse=False):
                 kind = ('embedding' if module is self.embedding else 'vectors' if p.dim() == 1 else
                         'filters' if n in getattr(module, 'filters', ()) else 'matrices')
-                assert kind != 'matrices' or isinstance(module, nn.Linear), f'{path}.{n}: not in `filters` of its mixer'
+                assert kind != 'matrices' or isinstance(module, nn.Linear), f'{path}.{n}: is it in filters?'
                 groups.setdefault((kind, getattr(module, 'parts', 1)), []).append(p)
         for (kind, parts), params in groups.items():
             wide = kind in ('matrices', 'embedding')
@@ -528,7 +520,7 @@ class FELA(nn.Module):
         x, _ = self.hidden(self.embedding(idx))
         if targets is None:
             return self.logits(x), None
-        rows = 8192 if x.is_cuda else 2048  # at once, as logits are large; only if they fit a few GB are all kept
+        rows = 8192 if x.is_cuda else 2048  # at once, as logits are large; all are kept if a few GB hold them
         losses = self.losses if targets.numel() * self.config.vocab_size < 2 ** 30 else recompute(self.losses)
         parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows))
         loss = torch.cat([losses(*part) for part in parts]).view_as(targets)
@@ -565,10 +557,13 @@ class FELA(nn.Module):
             block.compile(dynamic=False)
             block.step = tuned(block.step)
 
+    def make_room(self, state, tokens):
+        """The state, whose size does not change for so many more tokens"""
+        return [block.mixer.make_room(s, tokens) for block, s in zip(self.blocks, state)]
+
     @torch.inference_mode()
     def capture_step(self, idx, state):
-        """step(idx, state) as one CUDA graph, some 300 kernels started at once, over its own copy of a state that has
-        room for A layers"""
+        """step(idx, state) as one CUDA graph, some 300 kernels started at once, with its own copy of state"""
         idx, state = idx.clone(), repeat_state(state, 1)
         with torch.cuda.stream(torch.cuda.Stream(idx.device)):  # warm up where nothing is captured
             self.step(idx, repeat_state(state, 1))
@@ -586,7 +581,7 @@ class FELA(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None):
         """Yields the next token of each row (B,). idx is read after `state`; temperature 0 is greedy"""
         (logits, state), step = self.prefill(idx, state), self.step
-        state = [block.mixer.make_room(s, max_new_tokens) for block, s in zip(self.blocks, state)]
+        state = self.make_room(state, max_new_tokens)
         for i in range(max_new_tokens):
             token = sample(logits, temperature, top_k, top_p, generator)
             yield token
@@ -618,8 +613,8 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def repeat_state(state, n):
     """A copy of the state with every row n times"""
-    return [(tuple(t.repeat_interleave(n, 0) for t in rows), tuple(t.clone() if torch.is_tensor(t) else t for t in rest))
-            for rows, rest in state]
+    return [(tuple(t.repeat_interleave(n, 0) for t in rows),
+             tuple(t.clone() if torch.is_tensor(t) else t for t in rest)) for rows, rest in state]
 
 
 class Muon(torch.optim.Optimizer):
@@ -632,15 +627,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum, shapes = group['lr'], group['momentum'], {}
-            for p in (p for p in group['params'] if p.grad is not None):
-                mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
-                update = p.grad.lerp(mean.lerp_(p.grad, 1 - momentum), momentum)  # Nesterov
-                shapes.setdefault(p.shape, []).append((p, update.view(group['parts'], -1, p.shape[1])))
-                p.mul_(1 - lr * group['weight_decay'])
-            for shape, pairs in shapes.items():  # equal shapes together, as each alone is small for a GPU
-                x = orthogonalise(torch.cat([update for _, update in pairs]))  # (n parts,rows,columns)
-                for (p, _), update in zip(pairs, x.split(group['parts'])):
+            lr, momentum, parts, shapes = group['lr'], group['momentum'], group['parts'], {}
+            for p in group['params']:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():  # equal shapes at once, as each alone is small for a GPU
+                updates = []
+                for p in params:
+                    mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+                    mean.lerp_(p.grad, 1 - momentum)
+                    updates.append(p.grad.lerp(mean, momentum).view(parts, -1, shape[1]))  # Nesterov
+                x = orthogonalise(torch.cat(updates))  # (n parts,rows,columns)
+                for p, update in zip(params, x.split(parts)):
+                    p.mul_(1 - lr * group['weight_decay'])
                     p.sub_(update.reshape(shape), alpha=0.2 * lr * math.sqrt(max(x.shape[1:])))
 
 
@@ -675,9 +674,9 @@ def _check(manifest):  # sha256 of a manifest but for itself: a flipped digit of
 def list_checkpoints(out_dir):
     """Paths of the manifests in a folder, newest first"""
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    found = [m for m in (re.fullmatch(r'step_(\d{6,})(_final)?\.json', name) for name in names) if m]
-    found.sort(key=lambda m: (int(m[1]), bool(m[2])), reverse=True)
-    return [os.path.join(out_dir, m[0]) for m in found]
+    names = [name for name in names if re.fullmatch(r'step_\d{6,}(_final)?\.json', name)]
+    names.sort(key=lambda name: (int(re.search(r'\d+', name)[0]), name), reverse=True)
+    return [os.path.join(out_dir, name) for name in names]
 
 
 def read_manifest(path):
@@ -737,11 +736,15 @@ def load_checkpoint(path, map_location='cpu'):
 
 def load_model(path, device='cpu', **overrides):
     """-> (model, state, manifest); overrides are fields of the config that keep the weights (chunk_size)"""
-    state, manifest = load_checkpoint(path, map_location=device)
+    state, manifest = load_checkpoint(path)
     config = {**state['config'], **overrides}
+    if any('mixer.input.' in name for name in state['model']):
+        raise CheckpointError(f'{path} is of the first edition of FELA (commit 710124b), another model')
     try:
-        model = FELA(FELAConfig(**{f.name: config[f.name] for f in fields(FELAConfig) if f.name in config}))
+        with torch.device(device):
+            known = {f.name: config[f.name] for f in fields(FELAConfig) if f.name in config}
+            model = FELA(FELAConfig(**known))
         model.load_state_dict(state['model'])
     except (ValueError, TypeError, RuntimeError) as e:
         raise CheckpointError(f'{path} does not fit its config: {" ".join(str(e).split())[:160]}') from None
-    return model.to(device), state, manifest
+    return model, state, manifest

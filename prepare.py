@@ -20,10 +20,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib import import_module
 
 import numpy as np
 
-from configurator import configure, die, lock_folder, require, sha256_of, write_whole
+from configurator import configure, die, lock_folder, locks, require, sha256_of, write_whole
 
 # ---- knobs
 dataset = ''          # its name; openwebtext and pysrc know their text ('': after its source, or openwebtext)
@@ -184,7 +185,7 @@ _NOT_TEXT = (rb'(?P<empty>\Z)|(?P<UTF16>\xff\xfe|\xfe\xff)|(?P<packed>\x28\xb5\x
 
 def _open(path):
     module = {'.gz': 'gzip', '.bz2': 'bz2', '.xz': 'lzma'}.get(os.path.splitext(path.lower())[1])
-    return __import__(module).open(path) if module else open(path, 'rb')
+    return import_module(module).open(path) if module else open(path, 'rb')
 
 
 def _find(paths, suffixes, library):
@@ -339,7 +340,7 @@ def make_from(documents, out_dir, tokenizer, recipe, separate=True, num_proc=0):
         return meta
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        lock_folder.held.pop(out_dir).close()
+        os.close(locks.pop(out_dir))  # others may wait for it
 
 
 def _made(data_dir, recipe):

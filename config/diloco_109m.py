@@ -1,6 +1,6 @@
-# torchrun --nnodes=10 --node_rank=$RANK --nproc_per_node=1 --master_addr=$MASTER_IP --master_port=29500 \
-#     train_diloco.py config/diloco_109m.py --s3_bucket=my-bucket --run_name=cpu_gpt2      (on each of ten)
-# The paper's CPU run: 109M parameters, 1.5B tokens on 10 c7i.4xlarge, 1,500 steps. First, on each: python prepare.py
+# On each of ten machines: python prepare.py && torchrun --nnodes=10 --node_rank=$RANK --nproc_per_node=1 \
+#     --master_addr=$MASTER_IP --master_port=29500 train_diloco.py config/diloco_109m.py
+# The paper's CPU run: 109M parameters, 1.5B tokens on 10 c7i.4xlarge, 1,500 steps.
 run_name = 'diloco-109m'
 dataset = 'openwebtext'
 n_layer = 12
@@ -12,7 +12,7 @@ micro_batch_size = 8
 batch_tokens = 98_304  # 96 x 1,024 of each worker; 983,040 of ten
 H = 50  # a round is 49,152,000 tokens
 max_tokens = 1_500_000_000  # 1,526 inner steps of ten workers: 30.5 rounds
-warmup_rounds = 1  # the first round matters most (results/diloco/search.md); 0 sends 100 times less, 1 sends 23
+warmup_rounds = 1  # the first round matters most; 0 sends 100 times less, 1 sends 23
 warmup_iters = 100
 learning_rate = 6e-4
 outer_dtype = 'bf16'

@@ -1,5 +1,5 @@
 # torchrun --standalone --nproc_per_node=4 train_diloco.py config/diloco_pysrc.py
-# DiLoCo on one machine: 4 workers, a model of 0.2M parameters, Python's standard library as bytes
+# DiLoCo on one machine: four workers, a model of 0.2M parameters, Python's standard library as bytes.
 run_name = 'diloco-pysrc'
 dataset = 'pysrc'
 n_embd = 64

@@ -1,4 +1,5 @@
-# python train.py config/fela_109m.py --chunk_size=64      (64, 256, 512 or 1024: the paper's ablation; the same function, another speed)
+# python prepare.py && python train.py config/fela_109m.py --chunk_size=64
+# The paper's ablation trains with chunks of 64, 256, 512 and 1024: the same function at another speed.
 # The paper's 109M shape with GPT-2's vocabulary: 12 * 10 * 768^2 + 50304 * 768 = 109e6.
 dataset = 'openwebtext'
 out_dir = 'out_fela_109m'

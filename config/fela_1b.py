@@ -1,5 +1,6 @@
 # python prepare.py && torchrun --standalone --nproc_per_node=8 train.py config/fela_1b.py
-# across nodes, on each: torchrun --nnodes=2 --node_rank=$RANK --nproc_per_node=8 --master_addr=$MASTER_IP --master_port=29500 train.py config/fela_1b.py
+# Across two nodes, on each: torchrun --nnodes=2 --node_rank=$RANK --nproc_per_node=8 \
+#     --master_addr=$MASTER_IP --master_port=29500 train.py config/fela_1b.py
 # The paper's main model: 1.13B parameters, 22B tokens.
 dataset = 'openwebtext'
 out_dir = 'out_fela_1b'

@@ -1,4 +1,4 @@
-# python train.py config/gpt_109m.py
+# python prepare.py && python train.py config/gpt_109m.py
 # The baseline arm at the 109M shape: softmax attention in every layer, everything else as in fela_109m.
 dataset = 'openwebtext'
 out_dir = 'out_gpt_109m'

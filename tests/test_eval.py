@@ -1,4 +1,4 @@
-"""eval.py: known scores to the last digit, the same targets at every context, finished cells that stay finished."""
+"""eval.py: known scores to the last digit, the same targets at every context, what is finished stays finished."""
 import csv
 import json
 import math
@@ -6,94 +6,92 @@ import os
 import re
 import shutil
 import signal
-import types
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import eval as ev
+from configurator import configure
 from model import FELA, FELAConfig, save_checkpoint
-from prepare import ByteTokenizer, get_tokenizer, load_meta
+from prepare import get_tokenizer, load_meta
 from runs import REPO, Run, fails, make_data
 
 SHARED = os.path.join(REPO, '..', 'shared', 'data')
+KNOBS = configure(vars(ev), [])
 needs_data = pytest.mark.skipif(not os.path.isdir(os.path.join(SHARED, 'lm_eval')), reason='no ../shared/data here')
 
 
 @pytest.fixture(autouse=True)
 def knobs(monkeypatch, tmp_path):
     """Every test starts from the defaults on a CPU."""
-    for key, value in (ev.KNOBS | {'device': 'cpu', 'dtype': 'float32', 'plots': False, 'out': str(tmp_path)}).items():
+    for key, value in (KNOBS | {'device': 'cpu', 'dtype': 'float32', 'plots': False, 'out': str(tmp_path)}).items():
         monkeypatch.setattr(ev, key, value)
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
     return lambda **values: [monkeypatch.setattr(ev, key, value) for key, value in values.items()]
 
 
-@pytest.fixture(scope='module')
-def tiny():
+def small(pattern='SSSL', vocab_size=261, tokenizer='bytes'):
     torch.manual_seed(0)
-    config = FELAConfig(vocab_size=261, n_layer=4, n_head=2, n_embd=32, n_modes=16, pattern='SSSL')
-    model = FELA(config).requires_grad_(False)
+    model = FELA(FELAConfig(vocab_size=vocab_size, n_layer=4, n_head=2, gla_heads=2, n_embd=32, n_modes=16,
+                            pattern=pattern)).eval().requires_grad_(False)
     for block in model.blocks:  # logits that matter
-        block.mixer.output.weight.mul_(20)
-    model.embedding.weight.mul_(20)
-    return types.SimpleNamespace(model=model.eval(), tokenizer=get_tokenizer('bytes'), block_size=64)
+        block.mixer.out_proj.weight.mul_(20)
+    model.embedding.weight.mul_(5)
+    return SimpleNamespace(model=model, tokenizer=get_tokenizer(tokenizer), block_size=64)
+
+
+@pytest.fixture(params=['SSSL', 'A'])
+def tiny(request):
+    return small(request.param)
 
 
 @pytest.fixture(scope='module')
-def checkpoint(tmp_path_factory, tiny):
+def checkpoint(tmp_path_factory):
     """A folder with data and a checkpoint in out/, as train.py leaves them."""
-    folder = tmp_path_factory.mktemp('run')
-    data = make_data(folder)
-    config = {f: getattr(tiny.model.config, f) for f in tiny.model.config.__dataclass_fields__} | {
-        'tokenizer': 'bytes', 'block_size': 64, 'dataset': data,
-        'data_sha256': load_meta(data)['splits']['train']['sha256']}
+    folder, model = tmp_path_factory.mktemp('run'), small().model
     (folder / 'out').mkdir()
-    state = {'model': tiny.model.state_dict(), 'optimizer': [], 'config': config, 'training': {}}
+    data = make_data(folder)
+    config = vars(model.config) | {'tokenizer': 'bytes', 'block_size': 64, 'dataset': data,
+                                   'data_sha256': load_meta(data)['splits']['train']['sha256']}
+    state = {'model': model.state_dict(), 'optimizer': [], 'config': config, 'training': {}}
     save_checkpoint(str(folder / 'out'), 1, state, {'config': config, 'losses': {}}, final=True)
     return folder
 
 
-def evaluate(folder, *args, code=0):
-    run = Run(folder, 'eval.py', ['--device=cpu', *args], env={'HF_HOME': str(folder / 'hf')}).wait()
-    assert run.code == code, (run.out, run.err)
+@pytest.fixture(scope='module')
+def gpt2(tmp_path_factory):
+    pytest.importorskip('tiktoken')
+    folder = tmp_path_factory.mktemp('tiktoken')
+    for name, digest in (('vocab.bpe', '6d1cbeee0f20b3d9449abfede4726ed8212e3aee'),
+                         ('encoder.json', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')):
+        shutil.copy(os.path.join(SHARED, 'tokenizer', name), folder / digest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TIKTOKEN_CACHE_DIR', str(folder))
+        yield get_tokenizer('gpt2')
+
+
+def evaluate(folder, *args):
+    run = Run(folder, 'eval.py', ['--device=cpu', '--dtype=float32', *args], env={'HF_HOME': str(folder / 'hf')}).wait()
+    assert run.code == 0, (run.out, run.err)
     return run
 
 
-def rows(path):
+def read(path):
     with open(path) as file:
-        return list(csv.DictReader(file))
-
-
-# ------------------------------------------------------------------------------------------------------------- scoring
-
-
-def test_score_is_the_forward_pass_whatever_the_split(tiny):
-    idx = torch.randint(256, (3, 70), generator=torch.Generator().manual_seed(1))
-    targets = torch.roll(idx, -1, 1)
-    targets[1, 5:40] = -1
-    logits = tiny.model(idx)[0].double().log_softmax(-1)
-    expected = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) * (targets >= 0)
-    whole, greedy, _ = ev.score(tiny.model, idx, targets)
-    assert torch.allclose(whole.double(), expected, atol=1e-4)
-    assert torch.equal(greedy, (logits.argmax(-1) == targets) & (targets >= 0))
-    first, _, state = ev.score(tiny.model, idx[:, :33], targets[:, :33])
-    second, _, _ = ev.score(tiny.model, idx[:, 33:], targets[:, 33:], state)
-    assert torch.allclose(torch.cat((first, second), 1), whole, atol=1e-4)
+        return list(csv.DictReader(file)) if str(path).endswith('csv') else json.load(file)
 
 
 class Unigram:
     """The same distribution whatever came before."""
-    attention = False
+    attention, init_state, prefill = False, None, lambda self, idx, state=None: (None, [])
 
     def __init__(self, weights):
         self.log_weights = torch.tensor(np.log(np.array(weights) / np.sum(weights)))
-
-    def init_state(self, batch_size):
-        return []
-
-    def embedding(self, idx):
-        return idx.unsqueeze(-1)
+        self.embedding = lambda idx: idx.unsqueeze(-1)
 
     def hidden(self, x, state):
         return torch.zeros(*x.shape[:2], 1), state
@@ -116,374 +114,275 @@ class Renamed:
         return self.names[self.tokenizer.encode(text)].tolist()
 
 
-@pytest.fixture(scope='module')
-def gpt2(tmp_path_factory):
-    pytest.importorskip('tiktoken')
-    if not os.path.isdir(os.path.join(SHARED, 'tokenizer')):
-        pytest.skip('no ../shared/data here')
-    folder = tmp_path_factory.mktemp('tiktoken')
-    for name, digest in (('vocab.bpe', '6d1cbeee0f20b3d9449abfede4726ed8212e3aee'),
-                         ('encoder.json', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6')):
-        shutil.copy(os.path.join(SHARED, 'tokenizer', name), folder / digest)
-    before = os.environ.get('TIKTOKEN_CACHE_DIR')
-    os.environ['TIKTOKEN_CACHE_DIR'] = str(folder)
-    yield get_tokenizer('gpt2')
-    os.environ.pop('TIKTOKEN_CACHE_DIR') if before is None else os.environ.update(TIKTOKEN_CACHE_DIR=before)
+def lm(model, tokenizer):
+    ev.lm(SimpleNamespace(model=model, tokenizer=tokenizer))
+    return read(os.path.join(ev.out, 'lm_eval_results.json'))
 
 
 @needs_data
-def test_known_scores_of_a_unigram_model(gpt2, knobs, monkeypatch, tmp_path, capsys):
+def test_known_scores_of_a_unigram_model(gpt2, knobs, capsys):
     """Through the adapter, lm-eval and the local files: to all digits of ../shared/data/README.md."""
     pytest.importorskip('lm_eval')
-    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
     with open(os.path.join(SHARED, 'text', 'tinyshakespeare.txt')) as file:
         tokenizer = Renamed(gpt2, file.read())
     knobs(task_data=os.path.join(SHARED, 'lm_eval'), batch_size=64)
-    results, left_out = ev.run_lm(Unigram(tokenizer.weights), tokenizer, ev.tasks.split(','))
-    assert left_out == ['hellaswag'] and 'hellaswag*.jsonl' in capsys.readouterr().out
-    found = {task: {k: v for k, v in scores.items() if isinstance(v, float)} for task, scores in results.items()}
-    assert round(found['wikitext']['word_perplexity'], 4) == 25415.2275
-    assert round(found['wikitext']['bits_per_byte'], 5) == 2.73652
-    assert {task: round(found[task]['acc'], 4) for task in ('arc_easy', 'boolq', 'piqa', 'winogrande')} == {
+    found = lm(Unigram(tokenizer.weights), tokenizer)
+    results, majority = found['results'], {row['task']: row.get('majority') for row in found['table']}
+    assert found['config']['left_out'] == ['hellaswag'] and 'hellaswag*.jsonl' in capsys.readouterr().out
+    assert round(results['wikitext']['word_perplexity'], 4) == 25415.2275
+    assert round(results['wikitext']['bits_per_byte'], 5) == 2.73652 and round(majority['boolq'], 3) == 0.622
+    assert {task: round(results[task]['acc'], 4) for task in ('arc_easy', 'boolq', 'piqa', 'winogrande')} == {
         'arc_easy': 0.2605, 'boolq': 0.3783, 'piqa': 0.5201, 'winogrande': 0.4957}
-    assert [round(found[task]['acc_norm'], 4) for task in ('piqa', 'arc_easy')] == [0.5016, 0.2609]
-    assert round(found['boolq']['majority'], 3) == 0.622
-
-
-# --------------------------------------------------------------------------------------------------------- the adapter
+    assert [round(results[task]['acc_norm'], 4) for task in ('piqa', 'arc_easy')] == [0.5016, 0.2609]
 
 
 def requests(*args):
-    return [types.SimpleNamespace(args=a) for a in args]
+    return [SimpleNamespace(args=a) for a in args]
 
 
-def adapter(tiny, knobs, **values):
+def straight(run):
+    """A plain adapter: one row at a time, one forward pass each"""
+    from lm_eval.api.model import TemplateLM
+    longest, eot, encode = ev.max_length or 1 << 60, run.tokenizer.eot, run.tokenizer.encode
+
+    class Straight(TemplateLM):
+        eot_token_id, generate_until, tok_encode = eot, None, lambda self, text, **kwargs: encode(text)
+
+        def _loglikelihood_tokens(self, asked, **kwargs):
+            values = []
+            for _, context, continuation in asked:
+                n = len(continuation)
+                ids = torch.tensor([((context or [eot]) + continuation)[-max(longest, n) - 1:]])
+                logits = run.model(ids[:, :-1])[0][0, -n:].double().log_softmax(-1)
+                values.append((logits.gather(1, ids[0, -n:, None]).sum().item(), logits.argmax(-1).equal(ids[0, -n:])))
+            return values
+
+        def loglikelihood_rolling(self, asked, **kwargs):
+            sums = []
+            for t in ([eot, *encode(request.args[0])] for request in asked):
+                step = min(longest, len(t))  # the last window has all of its context
+                parts = [('', t[max(0, min(i, len(t) - 1 - step)):i + 1], t[i + 1:i + 1 + step])
+                         for i in range(0, len(t) - 1, step)]
+                sums.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
+            return sums
+    return Straight()
+
+
+def adapter(run, knobs, **values):
     pytest.importorskip('lm_eval')
     knobs(**values)
-    return ev.lm_adapter(tiny.model, tiny.tokenizer)
+    return ev.lm_adapter(run.model, run.tokenizer)
 
 
-def test_batch_of_1_is_batch_of_16(tiny, knobs):
+def test_log_likelihoods_are_those_of_a_plain_adapter(tiny, knobs):
     text = 'It was the best of times, it was the worst of times. ' * 3
-    asked = requests(*((text[:n], text[n:n + 1 + n % 7]) for n in range(1, 120, 5)), ('', 'abc'), ('a ', 'b'))
-    many = adapter(tiny, knobs, batch_size=16).loglikelihood(asked)
-    one = adapter(tiny, knobs, batch_size=1).loglikelihood(asked)
-    assert [g for _, g in one] == [g for _, g in many]
-    assert np.allclose([v for v, _ in one], [v for v, _ in many], atol=1e-3)
-    for request, (value, _) in zip(asked, one):  # and each is the forward pass
-        ids = [256 if not request.args[0] else None] + tiny.tokenizer.encode(''.join(request.args))
-        ids = torch.tensor([[t for t in ids if t is not None]])
-        context = request.args[0]
-        n = len(request.args[1]) + len(context) - len(context.rstrip())  # lm-eval moves last spaces
-        losses = tiny.model(ids[:, :-1], ids[:, 1:], reduction='none')[1]
-        assert math.isclose(value, -losses[0, -n:].sum(), abs_tol=1e-3)
+    asked = requests(*((text[:n], text[n:n + 1 + n % 7]) for n in range(1, 120, 5)), ('', 'abc'), ('a ', 'b'),
+                     (' \n ', 'xy'), ('a', 'b' * 40), ('x' * 50, 'yes'))
+    for size, longest in ((1, 20), (4, 100), (64, 0)):
+        lm = adapter(tiny, knobs, batch_size=size, max_length=longest)
+        found, expected = lm.loglikelihood(asked), straight(tiny).loglikelihood(asked)
+        assert np.allclose(found, expected, atol=1e-3)
+        texts = requests((text,), ('short',), ('',), (text * 2,))
+        assert np.allclose(lm.loglikelihood_rolling(texts), straight(tiny).loglikelihood_rolling(texts), rtol=1e-5)
+    assert lm.loglikelihood(requests(('a', ''))) == [(0, True)]
 
 
-def test_rolling_is_carrying_the_state(tiny, knobs):
-    text = 'All happy families are alike. ' * 20
-    ids = torch.tensor([[256, *tiny.tokenizer.encode(text)]])
-    expected = -tiny.model(ids[:, :-1], ids[:, 1:], reduction='none')[1].double().sum().item()
-    for longest in (0, 2048, len(text)):
-        (value,) = adapter(tiny, knobs, max_length=longest).loglikelihood_rolling(requests((text,)))
-        assert math.isclose(value, expected, rel_tol=1e-5)
-    (windows,) = adapter(tiny, knobs, max_length=100).loglikelihood_rolling(requests((text,)))
-    by_hand = 0
-    for start in range(0, len(text), 100):
-        part = ids[:, start:start + 101]
-        by_hand -= tiny.model(part[:, :-1], part[:, 1:], reduction='none')[1].double().sum().item()
-    assert math.isclose(windows, by_hand, rel_tol=1e-5) and not math.isclose(windows, expected, rel_tol=1e-5)
+def test_generation_is_the_models_own_and_options_are_lm_evals(tiny, knobs):
+    prompts = ['def f(', 'class', 'x = 1\nfor i in', 'é', '', '  ']
+
+    def made(options, size=16, some=prompts):
+        return adapter(tiny, knobs, batch_size=size).generate_until(requests(*((text, options) for text in some)))
+    greedy = made({'until': [], 'max_gen_toks': 12})
+    for text, found in zip(prompts, greedy):
+        ids = torch.tensor([tiny.tokenizer.encode(text) or [256]])
+        expected = tiny.model.generate(ids, 12, temperature=0)[0, ids.shape[1]:].tolist()
+        assert found == tiny.tokenizer.decode(expected[:expected.index(256)] if 256 in expected else expected)
+    stop = next(text for text in greedy if len(text) > 4)[3]
+    assert made({'until': stop, 'max_new_tokens': 12}) == [text.split(stop)[0] for text in greedy]
+    for options in ({'until': ['']}, {'until': None}, {'do_sample': False, 'temperature': 0.7},
+                    {'temperature': 2.0, 'top_k': 1}):
+        assert made({'max_new_tokens': 12, **options}) == greedy
+    assert made({'max_gen_toks': 0}) == [''] * len(prompts)
+    for options in ({'temperature': 1.0}, {'do_sample': True}, {'temperature': 3.0, 'top_p': 0.9}):
+        draws = made({'max_gen_toks': 12, **options}, 1, ['x'] * 6)
+        assert len(set(draws)) > 3 and draws == made({'max_gen_toks': 12, **options}, 4, ['x'] * 6)
 
 
-def test_max_length_cuts_the_context_not_the_continuation(tiny, knobs):
-    lm = adapter(tiny, knobs, max_length=20)
-    (cut, _), (short, _), (long, _) = lm.loglikelihood(requests(('x' * 50 + 'abcdefghijklmnop', 'yes'),
-                                                                ('xxabcdefghijklmnop', 'yes'), ('a', 'b' * 40)))
-    assert math.isclose(cut, short, abs_tol=1e-4) and math.isfinite(long)
+@needs_data
+@pytest.mark.parametrize('pattern, name', [('A', 'bytes'), ('SSSL', 'gpt2')])
+def test_the_six_tasks_are_those_of_a_plain_adapter(pattern, name, gpt2, knobs, tmp_path, monkeypatch):
+    pytest.importorskip('lm_eval')
+    data = shutil.copytree(os.path.join(SHARED, 'lm_eval'), tmp_path / 'data')
+    document = {'activity_label': 'Cooking', 'ctx_a': 'A man cuts bread.', 'ctx_b': 'he', 'label': '2', 'ind': 0,
+                'endings': ['eats it [step] now.', 'runs.', 'puts it on a plate.', 'sleeps.']}
+    (data / 'hellaswag.jsonl').write_text(json.dumps(document) + '\n')
+    run = small(pattern, 261 if name == 'bytes' else 50257, name)
+    knobs(task_data=str(data), limit=3, max_length=300)
+    found = lm(run.model, run.tokenizer)['results']
+    monkeypatch.setattr(ev, 'lm_adapter', lambda *args: straight(run))
+    for task, scores in lm(run.model, run.tokenizer)['results'].items():
+        for key, value in scores.items():  # a perplexity is the exponential of a sum
+            same = found[task][key] / value if value else 1.0
+            assert abs(math.log(same)) < 0.02 if 'perplexity' in key else abs(same - 1) < 1e-4, (task, key)
+    assert set(found) == set(ev.FIELDS)
 
 
-def test_generate_until(tiny, knobs):
-    prompts = ['def f(', 'class', 'x = 1\nfor i in', 'é']
-    free = [(text, {'until': [], 'max_gen_toks': 12}) for text in prompts]
-    many = adapter(tiny, knobs, batch_size=16).generate_until(requests(*free))
-    one = adapter(tiny, knobs, batch_size=1).generate_until(requests(*free))
-    assert many == one
-    for text, made in zip(prompts, many):  # greedy, by the model's own generator
-        ids = torch.tensor([tiny.tokenizer.encode(text)])
-        expected = [t.item() for t in tiny.model.generate(ids, 12, temperature=0)]
-        expected = expected[:expected.index(256)] if 256 in expected else expected
-        assert made == tiny.tokenizer.decode(expected)
-    stop = next(text for text in many if len(text) > 4)[3]
-    asked = requests(*((text, {'until': stop, 'max_gen_toks': 12}) for text in prompts))
-    assert adapter(tiny, knobs).generate_until(asked) == [text.split(stop)[0] for text in many]
-
-
-# ------------------------------------------------------------------------------------------------------------- longctx
-
-
-def test_longctx_reads_exactly_the_context(checkpoint, tiny):
-    run = evaluate(checkpoint, '--suite=longctx', '--contexts=1,16,100,700', '--blocks=6', '--block_tokens=40',
-                   '--batch_size=4', '--out=long')
-    table = rows(checkpoint / 'long' / 'longctx_bpb.csv')
+def test_longctx_reads_exactly_the_context(tiny, knobs, tmp_path):
+    (tmp_path / 'text.txt').write_text(''.join(chr(97 + i * i % 26) for i in range(2000)))
+    knobs(text_file=str(tmp_path / 'text.txt'), contexts='2,16,100,700', blocks=6, block_tokens=40, batch_size=4, plots=True)
+    ev.longctx(tiny)
+    table, tokens = read(tmp_path / 'longctx_bpb.csv'), tiny.tokenizer.encode((tmp_path / 'text.txt').read_text())
     assert [row['beyond_training'] for row in table] == ['False', 'False', 'True', 'True']
-    tokens = np.fromfile(os.path.join(checkpoint, 'data', 'mini', 'val.bin'), np.uint16).astype(np.int64)
-    starts = np.linspace(700, len(tokens) - 40, 6).astype(int)
     for row in table:
-        c, bits, size = int(row['context_tokens']), 0, 0
-        for s in starts:
+        c, bits = int(row['context_tokens']), 0
+        for s in np.linspace(700, len(tokens) - 40, 6).astype(int):
             ids = torch.tensor(tokens[s - c:s + 40])[None]
             losses = tiny.model(ids[:, :-1], ids[:, 1:], reduction='none')[1][0, -40:]
             bits += losses.double().sum().item() / math.log(2)
-            size += int((tokens[s:s + 40] < 256).sum())
-        assert math.isclose(float(row['bpb']), bits / size, rel_tol=1e-4)
+        assert math.isclose(float(row['bpb']), bits / 240, rel_tol=1e-4)
         assert float(row['bpb_low']) <= float(row['bpb']) <= float(row['bpb_high'])
-    assert float(table[1]['change_from_16']) == 0 == float(table[1]['change_low'])
-    assert (checkpoint / 'long' / 'longctx_bpb.png').stat().st_size > 5000 and 'paper' in run.out
+    assert float(table[1]['change']) == 0 == float(table[1]['change_low'])
+    assert os.path.getsize(tmp_path / 'longctx_bpb.png') > 5000
 
 
-@pytest.mark.parametrize('pattern', ['SL', 'A'])
-def test_longctx_of_either_arm(pattern, knobs, tmp_path):
-    (tmp_path / 'text.txt').write_text('one two three four ' * 60)
-    knobs(text_file=str(tmp_path / 'text.txt'), contexts='10,20', blocks=4, block_tokens=50)
-    model = FELA(FELAConfig(vocab_size=257, n_layer=2, n_head=2, n_embd=16, n_modes=8, pattern=pattern))
-    result = ev.longctx(types.SimpleNamespace(model=model, tokenizer=ByteTokenizer(), block_size=10))
-    assert len(result['table']) == 2 and ('KV cache' in result['protocol']) == (pattern == 'A')
-
-
-def test_longctx_of_a_text_in_gpt2_tokens_counts_bytes(gpt2, knobs, tmp_path):
-    (tmp_path / 'text.txt').write_text('Größe: naïve café — ünïcödé. ' * 60)
-    model = Unigram(np.ones(gpt2.vocab_size))
-    model.prefill = lambda idx, state=None: (None, [])
-    knobs(text_file=str(tmp_path / 'text.txt'), contexts='10,20', blocks=4, block_tokens=50)
-    result = ev.longctx(types.SimpleNamespace(model=model, tokenizer=gpt2, block_size=10))
-    ids = np.array(gpt2.encode((tmp_path / 'text.txt').read_text()))
-    starts = np.linspace(20, len(ids) - 50, 4).astype(int)
-    size = sum(len(gpt2.decode_bytes(ids[s:s + 50])) for s in starts)
-    assert math.isclose(result['table'][0]['bpb'], 200 * math.log2(gpt2.vocab_size) / size, rel_tol=1e-6)
-
-
-# -------------------------------------------------------------------------------------------------------------- needle
-
-
-def test_passkey_prompts(tiny):
-    tok, hay = tiny.tokenizer, np.arange(97, 123)
-    for depth, n in ((0, 300), (0.3, 300), (1, 200)):
-        prompt, answer = ev.passkey_prompt(tok, hay, n, depth, np.random.default_rng(5))
-        text, key = tok.decode(prompt), tok.decode(answer)
-        assert len(prompt) == n and text.endswith(ev.QUESTION) and text.count(key.strip()) == 2 and len(key) == 6
-        at = text.index('The pass key')
-        assert at == round(depth * (n - len(ev.NEEDLE.format(12345)) - len(ev.QUESTION)))
-        control, same = ev.passkey_prompt(tok, hay, n, depth, np.random.default_rng(5), needle=False)
-        assert same == answer and len(control) == n and key.strip() not in tok.decode(control)
-
-
-def test_needle_sees_success_and_failure(tiny, knobs):
+def test_needle_sees_success_and_failure(knobs, tmp_path):
     """A model that looks the key up in its prompt finds all; without the needle, none."""
-    class Oracle:
-        def prefill(self, idx, state=None):
-            texts = [tiny.tokenizer.decode(row) for row in idx.tolist()]
-            return None, [f' {t.split("The pass key is ")[1][:5]}' if 'Remember' in t else ' 0 0 0' for t in texts]
+    tok = get_tokenizer('bytes')
 
-        def embedding(self, idx):
-            return idx
+    class Oracle(Unigram):
+        def prefill(self, idx, state=None):
+            text = tok.decode(idx[0].tolist())
+            return None, f' {text.split("The pass key is ")[1][:5]}' if 'Remember' in text else ' 0 0 0'
 
         def hidden(self, x, state):
-            ids = torch.tensor([tiny.tokenizer.encode(key) for key in state])
-            return torch.nn.functional.one_hot(ids, 261) * 50.0, state
+            return torch.nn.functional.one_hot(torch.tensor([tok.encode(state)]), 261) * 50.0, state
 
         def logits(self, h):
             return h
-    run = types.SimpleNamespace(model=Oracle(), tokenizer=tiny.tokenizer, block_size=200)
     knobs(needle_lengths='150,260', needle_depths='0,0.5,1', needle_seeds=5, plots=True)
-    result = ev.needle(run)
-    assert [row['found (%)'] for row in result['table']] == [100, 100]
-    assert [row['found without needle (%)'] for row in result['table']] == [0, 0]
-    with open(os.path.join(ev.out, 'needle_heatmap.json')) as file:
-        cells = json.load(file)['cells']
-    assert len(cells) == 6 and all(c['log_prob'] > -1e-3 and c['control_log_prob'] < -50 for c in cells)
-    assert os.path.getsize(os.path.join(ev.out, 'needle_heatmap.png')) > 5000
+    table = ev.needle(SimpleNamespace(model=Oracle([1]), tokenizer=tok, block_size=200))['table']
+    assert [row['depth 0.5'] for row in table] == [1, 1] and [row['control'] for row in table] == [0, 0]
+    cells = json.loads((tmp_path / 'needle_heatmap.json').read_text())['cells']
+    assert len(cells) == 6 and all(c['log_prob'] > -1e-3 and c['bits_told'] > 50 for c in cells)
+    assert os.path.getsize(tmp_path / 'needle_heatmap.png') > 5000
 
 
 def test_make_passkey(tmp_path):
     pytest.importorskip('datasets')  # which prepare.py reads jsonl with
     evaluate(tmp_path, '--make_passkey=data/passkey')
-    meta = load_meta(str(tmp_path / 'data' / 'passkey'))
     tokens = np.fromfile(tmp_path / 'data' / 'passkey' / 'val.bin', np.uint16)
-    sizes = np.diff(np.flatnonzero(tokens == 256)) - 1
-    assert meta['tokenizer'] == 'bytes' and sizes.min() >= 128 and 400 < sizes.max() < 512
     for document in get_tokenizer('bytes').decode(tokens).split('<|endoftext|>')[1:-1]:
-        keys = re.findall(r' (\d{5})', document)
-        assert len(set(keys)) <= 1 and (len(document) < 256 or ev.NEEDLE.format(keys[0]) in document)
+        keys = set(re.findall(r' (\d{5})', document))
+        assert 128 <= len(document) < 512 and len(keys) <= 1
+        assert len(document) < 256 or ev._NEEDLE.format(*keys) in document
 
 
-# --------------------------------------------------------------------------------------------------------------- speed
-
-QUICK = ['--suite=speed', '--repetitions=2', '--out=speed']
-
-
-def test_speed_keeps_finished_cells_and_draws_them_again(checkpoint):
-    args = [*QUICK, '--kinds=train,prefill,decode', '--lengths=32,64', '--batch_tokens=0,128', '--positions=1,300',
-            '--decode_batches=2', '--arms=FELA,A,A-math,A-recompute', '--measure_memory=False', '--plots=False']
-    assert 'cells that are left' in evaluate(checkpoint, *args, '--max_minutes=1e-9').out
-    assert not (checkpoint / 'speed' / 'throughput.csv').exists()
+def test_speed_keeps_finished_cells(checkpoint):
+    args = ['--suite=speed', '--repetitions=2', '--lengths=32,64', '--batches=1,2', '--out=speed']
+    evaluate(checkpoint, *args, '--plots=False')
+    folder, first = checkpoint / 'speed', read(checkpoint / 'speed' / 'meta.json')['speed']
+    throughput, wall, vram = (read(folder / f'{name}.csv') for name in ('throughput', 'wallclock', 'vram'))
+    assert len(throughput) == len(wall) == len(vram) == 3 * 2 * 2 * 2 and {row['status'] for row in wall} == {'ok'}
+    assert all(float(row['times_as_long']) == 1 for row in wall if row['arm'] == 'FELA')
+    held = {(row['arm'], row['length'], row['batch']): int(row['held_bytes']) for row in vram if row['kind'] == 'decode'}
+    assert held['A', '64', '2'] == 2 * 2 * 64 * 32 * 4 * 4  # k and v, rows, tokens, channels, layers, bytes
+    assert held['FELA', '64', '1'] == held['FELA', '32', '1']
+    assert all((row['floor_seconds'] != '') == (row['kind'] == 'decode') for row in throughput)
+    (folder / 'meta.json').write_text(json.dumps({'speed': first | {'cells': first['table'][:-2]}}))  # interrupted
     evaluate(checkpoint, *args)
-    folder = checkpoint / 'speed'
-    throughput, decode, wall = (rows(folder / f'{name}.csv') for name in ('throughput', 'decode', 'wallclock'))
-    assert len(throughput) == 2 * 4 * 3 and len(decode) == 2 * 3 and len(wall) == 2 * 4 * 2
-    assert {row['status'] for row in throughput + decode} == {'ok'}
-    assert {row['repetitions'] for row in throughput + decode} == {'2'}
-    with open(folder / 'meta.json') as file:
-        meta = json.load(file)['speed']
-    assert {'hardware', 'torch', 'commit', 'sdpa_backend', 'ceilings', 'protocol', 'seed', 'compile'} <= meta.keys()
-    before = (folder / 'cells.jsonl').read_text()
-    with open(folder / 'cells.jsonl', 'w') as file:  # as a power cut may leave it
-        file.writelines(before.splitlines(True)[:-2] + ['{"kind": "dec'])
-    evaluate(checkpoint, *args)
-    cells = [json.loads(line) for line in (folder / 'cells.jsonl').read_text().splitlines()]
-    before = [json.loads(line) for line in before.splitlines()]
-    assert cells[:-2] == before[:-2] and len(cells) == len(before)
-    evaluate(checkpoint, '--suite=speed', '--kinds=', '--out=speed', '--model_config=config/anything.py')
-    assert all((folder / f'{name}.png').stat().st_size > 5000 for name in ('throughput', 'wallclock', 'decode'))
+    table = read(folder / 'meta.json')['speed']['table']
+    assert table[:-2] == first['table'][:-2] and table[-1]['seconds'] != first['table'][-1]['seconds']
+    assert os.path.getsize(folder / 'speed.png') > 5000 and len(os.listdir(folder)) == 6
 
 
 def test_speed_without_a_checkpoint_and_what_does_not_fit(tmp_path, knobs, monkeypatch):
     (tmp_path / 'mine.py').write_text('n_layer, n_head, n_embd, n_modes = 2, 2, 16, 8\npattern = "SL"\n')
-    knobs(model_config=str(tmp_path / 'mine.py'), vocab_size=100, kinds='prefill', lengths='16,64', repetitions=1,
-          measure_memory=False)
+    knobs(model_config=str(tmp_path / 'mine.py'), vocab_size=100, kinds='prefill,decode', lengths='16,64', compile='on')
 
-    def call(kind, arm, *rest, real=ev.speed_call):
-        if arm == 'A' and rest[1] == 64:
-            raise RuntimeError('DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 1 byte')
-        if arm == 'A':
-            raise ValueError('something\nelse')
-        return real(kind, arm, *rest)
+    def call(cell, shape, real=ev.speed_call):
+        if cell['arm'] == 'A' and cell['kind'] == 'prefill':
+            raise RuntimeError("can't allocate memory") if cell['length'] == 64 else ValueError('a\nb')
+        return real(cell, shape)
     monkeypatch.setattr(ev, 'speed_call', call)
-    ev.speed()
-    found = {(row['arm'], row['length']): row['status'] for row in rows(tmp_path / 'throughput.csv')}
-    assert found == {('FELA', '16'): 'ok', ('FELA', '64'): 'ok', ('A', '64'): 'oom',
-                     ('A', '16'): 'failed: ValueError: something else'}
+    monkeypatch.setattr(FELA, 'compile_blocks', lambda self: None)
+    ev.speed(None, [], lambda cells: None)
+    found = {(r['kind'], r['arm'], r['length']): (r['status'], r['mode']) for r in read(tmp_path / 'throughput.csv')}
+    assert found['prefill', 'FELA', '64'] == found['decode', 'FELA', '16'] == ('ok', 'compiled')
+    assert found['prefill', 'A', '64'][0] == 'out of memory' and found['prefill', 'A', '16'][0] == 'ValueError: a b'
+    assert found['decode', 'A', '64'] == ('ok', 'compiled')
 
 
-def test_math_is_not_compiled(tmp_path, knobs):
-    (tmp_path / 'mine.py').write_text('n_layer, n_head, n_embd, n_modes = 1, 2, 16, 8\n')
-    knobs(model_config=str(tmp_path / 'mine.py'), vocab_size=100, kinds='prefill', lengths='16', compile='on', arms='A-math')
-    ev.speed()
-    (row,) = rows(tmp_path / 'throughput.csv')
-    assert row['status'].startswith('skipped: compiled')
+def test_interpret_of_known_filters_and_gates(knobs, tmp_path):
+    run = small()
+    for layer, lag in ((0, 0), (1, 3)):  # a delay: a flat spectrum
+        mixer = run.model.blocks[layer].mixer
+        mixer.direct.zero_()
+        mixer.taps.zero_()[lag] = 1 / mixer.window()[lag]
+    gla = run.model.blocks[3].mixer
+    gla.decay_up.weight.zero_()
+    gla.decay_up.bias.fill_(torch.logit(torch.tensor(math.log(0.75) / gla.floor)))
+    (tmp_path / 'text.txt').write_text('to be or not to be ' * 64)
+    knobs(text_file=str(tmp_path / 'text.txt'), plots=True)
+    table, ids = ev.interpret(run)['table'], torch.tensor(list((tmp_path / 'text.txt').read_bytes())).view(8, -1)
+    assert all(abs(table[i]['centroid'] - 0.25) < 1e-3 for i in (1, 2)) and abs(table[4]['gate'] - 0.75) < 1e-4
+    loss = run.model(ids[:, :-1], ids[:, 1:].contiguous())[1].item()
+    assert math.isclose(table[4]['lens_bits_per_token'], loss / math.log(2), rel_tol=1e-4)
+    shares = [row['committed'] for row in table]
+    assert shares == sorted(shares) and shares[-1] == 1 and os.path.getsize(tmp_path / 'interpret.png') > 5000
 
 
-def test_memory_of_a_process_of_its_own(tmp_path, knobs):
-    (tmp_path / 'mine.py').write_text('n_layer, n_head, n_embd, n_modes = 2, 2, 64, 8\npattern = "SL"\n')
-    knobs(model_config=str(tmp_path / 'mine.py'), vocab_size=100, kinds='train', lengths='4096', repetitions=1,
-          arms='FELA')
-    (alone,) = ev.speed()['table']
-    assert alone['FELA'] > 0 and alone['attention'] is None
-    (row,) = rows(tmp_path / 'vram.csv')
-    assert row['status'] == 'ok' and 2e6 < float(row['above_bytes']) < 1e9
-
-
-def test_decode_bytes(tiny):
-    c = tiny.model.config
-    weights, state = ev.decode_bytes(tiny.model, 1000, 3)
-    assert weights == sum(p.nbytes for n, p in tiny.model.named_parameters() if not n.endswith('taps'))
-    assert state == 3 * (3 + 1) * c.n_modes * c.n_embd * 4 + 3 * 2 * c.n_embd * (c.n_embd // c.n_head) * 4
-
-
-# ----------------------------------------------------------------------------------------------------------- interpret
-
-
-def test_interpret_of_known_filters_and_gates(checkpoint, knobs):
-    knobs(checkpoint=str(checkpoint / 'out'), plots=True)
-    run = ev.load()
-    with torch.no_grad():
-        for layer, lag in ((0, 0), (1, 3)):  # a delay: flat spectrum, all energy at one lag
-            mixer = run.model.blocks[layer].mixer
-            mixer.direct.zero_()
-            mixer.taps.zero_()
-            mixer.taps[lag] = 1 / mixer.window[lag]
-        gla = run.model.blocks[3].mixer
-        gla.gate_up.weight.zero_()
-        gla.gate_up.bias.fill_(torch.logit(torch.tensor(math.log(0.75) / gla.floor)))
-    result = ev.interpret(run)
-    with open(os.path.join(ev.out, 'interpret.json')) as file:
-        found = json.load(file)
-    assert [found['filters'][i]['half_energy_lag_quartiles'][1] for i in '12'] == [0, 3]
-    assert all(abs(found['filters'][i]['centroid_quartiles'][1] - 0.25) < 1e-3 for i in '12')
-    assert abs(found['gates']['4']['mean'] - 0.75) < 1e-4
-    assert np.allclose(found['gates']['4']['memory_by_head'], 4, rtol=1e-3)
-    lens = found['logit_lens']
-    assert abs(sum(lens['commit_share']) - 1) < 1e-6 and len(lens['bits_per_token']) == 5
-    assert all(os.path.getsize(os.path.join(ev.out, name)) > 5000 for name in result['pictures'])
-
-
-# ----------------------------------------------------------------------------------------------------------- the frame
+QUICK = ['--suite=longctx,needle', '--contexts=16,32', '--blocks=2', '--block_tokens=8', '--needle_lengths=150',
+         '--needle_depths=0.5', '--needle_seeds=2']
 
 
 def test_finished_suites_stay_and_the_page_shows_all(checkpoint):
-    args = ['--suite=longctx,needle', '--contexts=16,32', '--blocks=2', '--block_tokens=8', '--needle_lengths=150',
-            '--needle_seeds=2', '--needle_depths=0.5', '--out=results']
-    evaluate(checkpoint, *args)
+    evaluate(checkpoint, *QUICK, '--out=results')
     folder = checkpoint / 'results'
     stamp = (folder / 'longctx_bpb.csv').stat().st_mtime_ns
-    again = evaluate(checkpoint, *args, '--needle_seeds=3')
-    assert again.out.count('done before') == 1 and (folder / 'longctx_bpb.csv').stat().st_mtime_ns == stamp
-    run = Run(checkpoint, 'eval.py', ['--device=cpu', *args[:-1], '--out=cut', '--needle_seeds=100000'])
+    assert evaluate(checkpoint, *QUICK, '--needle_seeds=3', '--out=results').out.count('done before') == 1
+    assert (folder / 'longctx_bpb.csv').stat().st_mtime_ns == stamp
+    run = Run(checkpoint, 'eval.py', ['--device=cpu', '--dtype=float32', *QUICK, '--out=cut', '--needle_seeds=100000'])
     run.until('-- needle').kill(signal.SIGINT).wait()
     assert run.code == 130 and run.err.splitlines()[-1].startswith('error: interrupted') and 'Traceback' not in run.err
-    assert evaluate(checkpoint, *args[:-1], '--out=cut').out.count('done before') == 1
-    page = (folder / 'README.md').read_text()
-    assert '## longctx' in page and '## needle' in page and '![needle_heatmap.png](needle_heatmap.png)' in page
-    assert '--needle_seeds=3' in page and str(checkpoint) not in page + (folder / 'meta.json').read_text()
-    with open(folder / 'meta.json') as file:
-        assert all(len(record['source'].split('sha256 ')[1]) == 64 for record in json.load(file).values())
+    assert evaluate(checkpoint, *QUICK, '--out=cut').out.count('done before') == 1
+    page, meta = (folder / 'README.md').read_text(), read(folder / 'meta.json')
+    assert '## longctx' in page and '![needle_heatmap.png](needle_heatmap.png)' in page and '--needle_seeds=3' in page
+    assert str(checkpoint) not in page and len(meta['needle']['source'].split('sha256 ')[1]) == 64
 
 
-@needs_data
-def test_the_six_tasks_on_local_files(checkpoint, tmp_path):
-    pytest.importorskip('lm_eval')
-    for name in os.listdir(os.path.join(SHARED, 'lm_eval')):
-        shutil.copy(os.path.join(SHARED, 'lm_eval', name), tmp_path / name)
-    document = {'activity_label': 'Cooking', 'ctx_a': 'A man cuts bread.', 'ctx_b': 'he', 'label': '2',
-                'endings': ['eats it [step] now.', 'runs.', 'puts it on a plate.', 'sleeps.']}
-    (tmp_path / 'hellaswag.jsonl').write_text(''.join(json.dumps(document | {'ind': i}) + '\n' for i in range(3)))
-    run = evaluate(checkpoint, '--suite=lm', '--limit=2', '--out=lm', f'--task_data={tmp_path}')
-    with open(checkpoint / 'lm' / 'lm_eval_results.json') as file:
-        found = json.load(file)
-    assert set(found['results']) == set(ev.METRICS) and found['config']['max_length'] == 2048
-    assert found['results']['hellaswag']['majority'] == 1 and 'acc_norm' in found['results']['hellaswag']
-    assert 'GLA-340M' in run.out and 'majority class' in run.out and str(tmp_path) not in run.out
+def test_a_folder_that_holds_something_else_is_left_alone(checkpoint):
+    (checkpoint / 'other').mkdir()
+    for name, body in (('README.md', 'mine'), *(('meta.json', body) for body in (
+            '[]', '{"longctx": 3}', '3', '{"longctx": {}}', 'no JSON', '{"needle": {"key": 1, "table": []}}'))):
+        (checkpoint / 'other' / name).write_text(body)
+        assert 'other' in fails(checkpoint, '--device=cpu', *QUICK, '--out=other', script='eval.py')
+        assert (checkpoint / 'other' / name).read_text() == body
 
 
-def test_bad_input_is_one_line(checkpoint, tmp_path, monkeypatch):
-    def refused(*args):
-        return fails(checkpoint, '--device=cpu', '--out=bad', *args, script='eval.py')
-    (tmp_path / 'latin.txt').write_bytes('é'.encode('latin-1') * 9)
-    (tmp_path / 'short.txt').write_text('short ' * 100)
-    good = {'passage': 'a', 'question': 'b', 'label': 0}
-    (tmp_path / 'boolq.jsonl').write_text(f'{json.dumps(good)}\n{{"passage": "a", "label": 0}}\n')
-    (tmp_path / 'piqa.jsonl').write_text('[1]\nno\n')
-    assert 'longctxx' in refused('--suite=longctxx') and 'interpret' in refused('--suite=longctxx')
-    assert 'out2: no such checkpoint' in refused('--suite=needle', '--checkpoint=out2')
-    line = refused('--suite=longctx', f'--text_file={tmp_path}/short.txt', '--contexts=64,128,512,1024', '--blocks=2')
-    assert '600 tokens' in line and '--contexts=64 is possible' in line
-    assert 'UTF-8' in refused('--suite=longctx', f'--text_file={tmp_path}/latin.txt')
-    assert 'nothere.txt' in refused('--suite=needle', f'--haystack={tmp_path}/nothere.txt')
-    assert "'x'" in refused('--suite=needle', '--needle_lengths=x') and 'depths' in refused(
-        '--suite=needle', '--needle_depths=2')
-    assert 'repetitions=0' in refused('--suite=speed', '--repetitions=0')
-    assert "'B' is none of" in refused('--suite=speed', '--arms=FELA,B')
-    assert 'did you mean contexts' in refused('--context=5')
-    if ev.importlib.util.find_spec('lm_eval'):
-        line = refused('--suite=lm', '--tasks=boolq', f'--task_data={tmp_path}')
-        assert 'line 2' in line and "'question'" in line
-        assert 'line 1' in refused('--suite=lm', '--tasks=piqa', f'--task_data={tmp_path}')
-        assert 'boolqq' in (line := refused('--suite=lm', '--tasks=boolqq')) and 'boolq' in line
-        assert 'no such folder' in refused('--suite=lm', '--task_data=nowhere')
+def test_bad_input_is_one_line(checkpoint, tmp_path):
+    for name, body in (('latin.txt', 'é'.encode('latin-1') * 9), ('short.txt', b'short ' * 100), ('piqa.jsonl', b'[1]\nno\n'),
+                       ('boolq.jsonl', b'{"passage": "a", "question": "b", "label": 0}\n{"passage": "a", "label": 0}\n'),
+                       ('matplotlib.py', b'raise ImportError("no", name="matplotlib")')):
+        (tmp_path / name).write_bytes(body)
+    cases = [('--suite=longctxx', 'longctxx', 'interpret'), ('--suite=needle --checkpoint=out2', 'out2', ''),
+             (f'--suite=longctx --text_file={tmp_path}/short.txt --contexts=64,512 --blocks=2', '600 tokens', '--contexts=64'),
+             (f'--suite=longctx --text_file={tmp_path}/latin.txt', 'latin.txt', 'UTF-8'),
+             (f'--suite=needle --haystack={tmp_path}/nothere.txt', 'nothere.txt', ''),
+             ('--suite=needle --needle_lengths=x', "'x'", ''), ('--suite=needle --needle_depths=2', 'depths', ''),
+             ('--suite=speed --repetitions=0', 'repetitions=0', ''), ('--suite=speed --arms=FELA,B', 'FELA,B', ''),
+             ('--context=5', 'did you mean contexts', ''), ('--suite=lm --task_data=nowhere', 'no such folder', ''),
+             (f'--suite=lm --tasks=boolq --task_data={tmp_path}', 'line 2', "'question'"),
+             (f'--suite=lm --tasks=piqa --task_data={tmp_path}', 'line 1', 'piqa.jsonl')]
+    for args, *words in cases:
+        line = fails(checkpoint, '--device=cpu', '--dtype=float32', '--out=bad', *args.split(), script='eval.py')
+        assert all(word in line for word in words), line
+    assert 'boolqq' in fails(checkpoint, '--device=cpu', '--suite=lm', '--tasks=boolqq', script='eval.py', code=1)
+    command = [sys.executable, os.path.join(REPO, 'eval.py'), '--device=cpu', '--suite=needle']
+    run = subprocess.run(command, env=os.environ | {'PYTHONPATH': str(tmp_path)}, cwd=checkpoint, capture_output=True)
+    assert run.returncode == 2 and b'pip install matplotlib' in run.stderr and b'Traceback' not in run.stderr
 
 
-def test_what_is_not_installed_has_its_install_line(knobs, monkeypatch, capsys):
-    monkeypatch.setattr(ev.importlib.util, 'find_spec', lambda name: None)
-    for values, line in (({'plots': True}, 'pip install matplotlib'), ({'plots': False}, 'pip install lm-eval')):
-        knobs(**values)
-        with pytest.raises(SystemExit) as e:
-            ev.check()
-        assert e.value.code == 2 and line in capsys.readouterr().err
+def test_help_lists_knobs_and_nothing_else(checkpoint):
+    shown, used = re.findall(r'^  --(\w+)=', evaluate(checkpoint, '--help').out, re.M), ' '.join(ev.SUITES.values()).split()
+    others = 'checkpoint suite out overwrite plots seed device dtype batch_size make_passkey'.split()
+    assert len(shown) == len(set(shown)) and set(shown) == {*used, *others}

@@ -86,7 +86,7 @@ def causal_fir(x, taps, past=None):
 @torch.library.custom_op('fela::fir', mutates_args=())
 def fir(x: Tensor, taps: Tensor) -> Tensor:
     """-> y (C,B,N-M): y[t] = sum_j taps[j] x[M + t - j]"""
-    return compiled(products_fir, x.is_cuda)(x, taps) if x.dtype == torch.bfloat16 else fft_fir(x, taps)
+    return (compiled(products_fir, x.is_cuda) if x.dtype == torch.bfloat16 else fft_fir)(x, taps)
 
 
 @torch.library.custom_op('fela::fir_gradients', mutates_args=())
@@ -176,10 +176,9 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=128, floor
         state = v.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype)
     block = max(1, min(128, int(80 / -floor)))  # exponents stay within +-40, far from overflow
     c = min(chunk_size, q.shape[2])
-    if c > block:
-        c = block * 2 ** int(math.log2(c / block))
+    c = c if c <= block else block * 2 ** int(math.log2(c / block))
+    values = v.float() if v.dtype == torch.float16 else v  # fp16 does not hold e^40
     with torch.autocast(v.device.type, enabled=False):
-        values = v.float() if v.dtype == torch.float16 else v  # fp16 does not hold e^40
         o, state = gla_chunks(q, k, values, log_decay.clamp(floor, 0), state, c, block)
     return o.to(v.dtype), state
 
@@ -282,13 +281,12 @@ class FNOMixer(Mixer):
     def forward(self, x, state=None):
         u, z = self.in_proj(x).chunk(2, -1)  # (B,T,C)
         past, M = None, len(self.taps)
-        if state is not None:
+        if state:
             (ring,), (pos, taps) = state
             past = ring[:, (pos + torch.arange(M, device=x.device)) % M]  # oldest first
             ring = torch.cat((past, u), 1)[:, -M:].to(ring.dtype, copy=True)  # a view would keep all of u
             past, state = past[:, 1:], ((ring,), (torch.zeros_like(pos), taps))
-        y = causal_fir(u, self.effective_taps(), past)
-        return self.out_proj(y * F.silu(z)), state
+        return self.out_proj(causal_fir(u, self.effective_taps(), past) * F.silu(z)), state
 
     def step(self, x, state):
         u, z = self.in_proj(x).chunk(2, -1)  # (B,1,C)
@@ -296,8 +294,7 @@ class FNOMixer(Mixer):
         ring.index_copy_(1, pos, u.to(ring.dtype))
         lag = (pos - torch.arange(len(taps), device=x.device)) % len(taps)  # how long ago a slot was written
         pos.add_(1).remainder_(len(taps))
-        y = (ring * taps.index_select(0, lag)).sum(1, keepdim=True)
-        return self.out_proj(y * F.silu(z)), state
+        return self.out_proj((ring * taps.index_select(0, lag)).sum(1, keepdim=True) * F.silu(z)), state
 
 
 class GLAMixer(Mixer):
@@ -680,12 +677,15 @@ def list_checkpoints(out_dir):
 
 
 def read_manifest(path):
+    why = 'missing, damaged, or no manifest of ours'
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         with open(path) as file:
             manifest = json.load(file)
+        if 'manifest_sha256' in manifest:
+            why = 'of the first edition of FELA (commit 710124b), another model'
         if manifest['check'] == _check(manifest):
             return manifest
-    raise CheckpointError(f'{path} is missing, damaged, or no manifest of ours')
+    raise CheckpointError(f'{path} is {why}')
 
 
 def save_checkpoint(out_dir, step, state, manifest, final=False, keep=0):
@@ -697,16 +697,24 @@ def save_checkpoint(out_dir, step, state, manifest, final=False, keep=0):
     digest = _write(path + '.pt', lambda file: torch.save({**state, 'model': weights}, file))
     manifest = {**manifest, 'step': step, 'final': final, 'sha256': digest}
     manifest['check'] = _check(manifest)
-    _write(path + '.json', lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    try:
+        _write(path + '.json', lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    except CheckpointError:
+        if not os.path.exists(path + '.json'):
+            os.remove(path + '.pt')  # alone it is no checkpoint, and takes the room of the next one
+        raise
 
     def val_loss(path):
-        with suppress(CheckpointError, KeyError, TypeError):  # damaged, or saved without an evaluation
+        with suppress(ValueError, KeyError, TypeError):  # damaged, or saved without an evaluation
             return float(read_manifest(path)['losses']['val'])
         return math.inf
     older = [p for p in list_checkpoints(out_dir) if int(re.search(r'.*step_(\d+)', p)[1]) <= step]
     for old in {*older[keep:]} - {min(older, key=val_loss)} if keep else ():
         os.remove(old)  # first: a .pt without its manifest is no checkpoint
-        os.remove(old[:-5] + '.pt')
+    names = os.listdir(out_dir) if keep else ()
+    for name in names:  # the .pt of those, and what killed runs left
+        if re.fullmatch(r'step_\d+(_final)?\.pt', name) and name[:-2] + 'json' not in names:
+            os.remove(os.path.join(out_dir, name))
     return path + '.pt'
 
 
@@ -720,11 +728,13 @@ def load_checkpoint(path, map_location='cpu'):
             except CheckpointError as e:
                 print(f'warning: {e}; STEPPING BACK', file=sys.stderr, flush=True)
         raise CheckpointError(f'{path}: no whole checkpoint there (expected step_NNNNNN.pt and .json)')
+    if not os.path.exists(path):
+        raise CheckpointError(f'{path} is not there: expected a folder of checkpoints, or one of them')
     stem = os.path.splitext(path)[0]
     manifest = read_manifest(stem + '.json')
-    if not re.fullmatch(f'(?!step_).*|step_{manifest["step"]:06d}(_final)?', os.path.basename(stem)):
-        raise CheckpointError(f'{stem}.json is misnamed: it is the manifest of step {manifest["step"]}')
     try:
+        if not re.fullmatch(f'(?!step_).*|step_{manifest["step"]:06d}(_final)?', os.path.basename(stem)):
+            raise ValueError(f'it is misnamed, its manifest is of step {manifest["step"]}')
         if sha256_of(stem + '.pt') != manifest['sha256']:
             raise ValueError('its sha256 does not match its manifest: it is damaged')
         state = torch.load(stem + '.pt', map_location=map_location, weights_only=True)
@@ -737,10 +747,8 @@ def load_checkpoint(path, map_location='cpu'):
 def load_model(path, device='cpu', **overrides):
     """-> (model, state, manifest); overrides are fields of the config that keep the weights (chunk_size)"""
     state, manifest = load_checkpoint(path)
-    config = {**state['config'], **overrides}
-    if any('mixer.input.' in name for name in state['model']):
-        raise CheckpointError(f'{path} is of the first edition of FELA (commit 710124b), another model')
     try:
+        config = {**state['config'], **overrides}
         with torch.device(device):
             known = {f.name: config[f.name] for f in fields(FELAConfig) if f.name in config}
             model = FELA(FELAConfig(**known))

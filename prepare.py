@@ -6,10 +6,9 @@
     python prepare.py --dataset=books --data_files=books.txt,more/,notes.jsonl.gz --tokenizer=gpt2
     python prepare.py --hf_dataset=Salesforce/wikitext --hf_config=wikitext-103-raw-v1 --separate=False
 
-make data/<dataset>/{train,val}.bin (uint16 tokens) and, last, meta.json, without which it is not a dataset.
-The same command again checks every byte, and makes anew what is damaged or whose files have changed.
+make data/<dataset>/{train,val}.bin (uint16 tokens) and, last, meta.json, without which it is no dataset. The
+same command again checks every byte, and makes anew what is damaged or whose files have changed.
 """
-import gzip
 import hashlib
 import itertools
 import json
@@ -113,7 +112,7 @@ class TokenData:
         self.data_dir, self.path, self._epoch = data_dir, os.path.join(data_dir, f'{split}.bin'), None
         self.block_size, self.seed, self.meta = block_size, seed, load_meta(data_dir)
         info, size = self.meta['splits'][split], os.path.isfile(self.path) and os.path.getsize(self.path)
-        if size != 2 * info['tokens'] or size < 64 << 20 and sha256_of(self.path) != info['sha256']:
+        if size != 2 * info['tokens'] or size < 64 << 20 and sha256_of(self.path) != info.get('sha256'):
             raise DataError(f'{self.path} is damaged, it is not as meta.json says: make it again')
         if not 1 <= block_size < info['tokens']:
             raise DataError(f'block_size {block_size}: expected 1 to {info["tokens"] - 1}, for {self.path}')
@@ -143,7 +142,8 @@ def load_meta(data_dir):
                         f'--dataset={name} --out_dir={data_dir}`, your own text with --data_files=FILES')
     with suppress(ValueError, KeyError, TypeError, RecursionError), open(path, 'rb') as file:
         meta = json.loads(file.read(1 << 20))
-        if meta['check'] == _check(meta):
+        numbers = [meta['splits'][split][of] for split in ('train', 'val') for of in ('tokens', 'bytes')]
+        if meta['check'] == _check(meta) and {type(n) for n in (*numbers, meta['vocab_size'])} == {int}:
             return meta
     raise DataError(f'{path} is damaged, or not written by prepare.py: make it again')
 
@@ -164,10 +164,9 @@ def read_bytes(data_dir, split='val'):
 def compressed_bpb(data_dir, split='val'):
     """{'gzip': ..., 'xz': ...}: bits per byte of general compressors at their strongest, on a split."""
     text = read_bytes(data_dir, split)
-    sizes = {'gzip': len(gzip.compress(text, 9))}
+    sizes = {'gzip': len(import_module('gzip').compress(text, 9))}
     with suppress(ImportError):  # some builds of Python lack it
-        import lzma
-        sizes['xz'] = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+        sizes['xz'] = len(import_module('lzma').compress(text, preset=9 | 1 << 31))  # xz -9e
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 

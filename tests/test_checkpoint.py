@@ -242,7 +242,7 @@ def test_training_writes_no_secrets_and_steps_back_loudly(tmp_path):
 
 FORBIDDEN = '''eval exec compile __import__ import_module importlib.import_module runpy.run_path os.system os.popen
     shelve.open yaml.load joblib.load torch.hub.load torch.jit.load tarfile.open zipfile.ZipFile shutil.unpack_archive'''.split()
-ALLOWED = {'configurator.py': ['compile', 'exec'], 'prepare.py': ['import_module']}  # the user's config file; gzip, bz2, lzma
+ALLOWED = {'configurator.py': ['compile', 'exec'], 'prepare.py': ['import_module'] * 3}  # the user's config file; gzip, bz2, lzma
 
 
 @pytest.mark.parametrize('path', glob.glob(f'{REPO}/*.py'), ids=os.path.basename)

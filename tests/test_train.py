@@ -321,7 +321,7 @@ def test_bad_input(tmp_path, data):
     (tmp_path / 'file').write_text('')
     for arg, words in {'--batch_sise=3': 'batch_sise batch', '--learning_rate': 'as in --learning_rate=', 'nope.py': 'nope.py',
                        '--gradient_accumulation_steps=4': 'batch_tokens', '--batch_tokens=1000': 'batch_tokens=1,000 = 128 1,024',
-                       '--n_embd=15': 'n_embd=15 n_head=2', '--pattern=SXL': 'pattern SXL', '--schedule=linear': 'schedule linear cosine',
+                       '--n_embd=15': 'n_embd=15 gla_heads=2', '--pattern=SXL': 'pattern SXL', '--schedule=linear': 'schedule linear cosine',
                        '--optimizer=sgd': 'optimizer sgd muon', '--device=tpu': 'device tpu', '--micro_batch_size=0': 'micro_batch_size=0',
                        '--beta2=1': 'beta2=1', '--warmup_iters=-1': 'warmup_iters=-1', '--max_iters=0': 'would never end',
                        '--block_size=65536': 'block_size 65536', f'--dataset={tmp_path}/missing': 'missing prepare.py',

@@ -322,16 +322,13 @@ def test_finished_suites_stay_and_the_page_shows_all(checkpoint):
     assert str(checkpoint) not in page and len(meta['needle']['source'].split('sha256 ')[1]) == 64
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(checkpoint):
+def test_bad_input_is_one_line_and_a_folder_that_holds_something_else_is_left_alone(checkpoint, tmp_path):
     (checkpoint / 'other').mkdir()
     for name, body in (('README.md', 'mine'), *(('meta.json', body) for body in (
             '[]', '{"longctx": 3}', '3', '{"longctx": {}}', 'no JSON', '{"needle": {"key": 1, "table": []}}'))):
         (checkpoint / 'other' / name).write_text(body)
         assert 'other' in fails(checkpoint, '--device=cpu', *QUICK, '--out=other', script='eval.py')
         assert (checkpoint / 'other' / name).read_text() == body
-
-
-def test_bad_input_is_one_line(checkpoint, tmp_path):
     for name, body in (('latin.txt', 'é'.encode('latin-1') * 9), ('short.txt', b'short ' * 100), ('piqa.jsonl', b'[1]\nno\n'),
                        ('boolq.jsonl', b'{"passage": "a", "question": "b", "label": 0}\n{"passage": "a", "label": 0}\n'),
                        ('without.py', b'import runpy, sys\nsys.modules["matplotlib"] = None\n'

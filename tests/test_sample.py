@@ -107,7 +107,6 @@ def test_several_samples_from_one_prefill(folder):
 def test_stop(folder):
     args = ['--prompt=aab', '--max_new_tokens=120', '--temperature=1.5', '--seed=3', '--stop_at_end=False']
     text = sample(folder, *args).text[3:]
-    assert len(text) > 40
     for i, n in ((0, 1), (5, 3), (11, 7), (20, 12)):  # each byte is a token, so all but the first go over their borders
         stop = text[i:i + n]
         assert sample(folder, *args, '--stop=' + stop).text == 'aab' + text[:text.index(stop)]

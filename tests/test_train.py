@@ -306,15 +306,14 @@ def test_second_run_in_a_folder_is_refused(tmp_path, data):
 
 def test_bad_input(tmp_path, data):
     (tmp_path / 'file').write_text('')
-    for arg, words in {
-            '--batch_sise=3': 'batch_sise batch', '--learning_rate': 'as in --learning_rate=', 'nope.py': 'nope.py',
-            '--gradient_accumulation_steps=4': 'batch_tokens', '--batch_tokens=1000': 'batch_tokens=1,000 = 128 1,024',
-            '--n_embd=15': 'n_embd=15 gla_heads=2', '--pattern=SXL': 'pattern SXL', '--schedule=linear': 'schedule linear cosine',
-            '--optimizer=sgd': 'optimizer sgd muon', '--device=tpu': 'device tpu', '--micro_batch_size=0': 'micro_batch_size=0',
-            '--beta2=1': 'beta2=1', '--warmup_iters=-1': 'warmup_iters=-1', '--max_iters=0': 'would never end',
-            '--block_size=65536': 'block_size 65536', f'--dataset={tmp_path}/missing': 'missing prepare.py',
-            '--init_from=nothing.pt': 'nothing', '--out_dir=file/out': 'file/out Not a directory',
-            f'{REPO}/config/shakespeare.py': 'data/shakespeare prepare.py line 1 of a config file'}.items():
+    for arg, words in {'--batch_sise=3': 'batch_sise batch', '--learning_rate': 'as in --learning_rate=', 'nope.py': 'nope.py',
+                       '--gradient_accumulation_steps=4': 'batch_tokens', '--batch_tokens=1000': 'batch_tokens=1,000 = 128 1,024',
+                       '--n_embd=15': 'n_embd=15 gla_heads=2', '--pattern=SXL': 'pattern SXL', '--schedule=linear': 'schedule linear cosine',
+                       '--optimizer=sgd': 'optimizer sgd muon', '--device=tpu': 'device tpu', '--micro_batch_size=0': 'micro_batch_size=0',
+                       '--beta2=1': 'beta2=1', '--warmup_iters=-1': 'warmup_iters=-1', '--max_iters=0': 'would never end',
+                       '--block_size=65536': 'block_size 65536', f'--dataset={tmp_path}/missing': 'missing prepare.py',
+                       '--init_from=nothing.pt': 'nothing', '--out_dir=file/out': 'file/out Not a directory',
+                       f'{REPO}/config/shakespeare.py': 'data/shakespeare prepare.py line 1 of a config file'}.items():
         first = [data] if 'shakespeare' not in arg else []  # that one as in a fresh clone
         line = fails(tmp_path, '--max_iters=2', '--batch_tokens=262144', *first, arg)
         assert all(word in line for word in words.split()), line

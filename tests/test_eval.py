@@ -338,9 +338,8 @@ def test_bad_input_is_one_line_and_a_folder_that_holds_something_else_is_left_al
              (f'--suite=longctx --text_file={tmp_path}/short.txt --contexts=64,512 --blocks=2', '600 tokens', '--contexts=64'),
              (f'--suite=longctx --text_file={tmp_path}/latin.txt', 'latin.txt', 'UTF-8'),
              (f'--suite=needle --haystack={tmp_path}/nothere.txt', 'nothere.txt', ''),
-             ('--suite=needle --needle_lengths=x', "'x'", ''), ('--suite=needle --needle_depths=2', 'depths', ''),
-             ('--suite=speed --repetitions=0', 'repetitions=0', ''), ('--suite=speed --arms=FELA,B', 'FELA,B', ''),
-             ('--context=5', 'did you mean contexts', ''), ('--suite=lm --task_data=nowhere', 'no such folder', ''),
+             ('--suite=needle --needle_depths=2', 'depths', ''), ('--suite=speed --repetitions=0', 'repetitions=0', ''),
+             ('--suite=speed --arms=FELA,B', 'FELA,B', ''), ('--suite=lm --task_data=nowhere', 'no such folder', ''),
              (f'--suite=lm --tasks=boolq --task_data={tmp_path}', 'line 2', "'question'"),
              (f'--suite=lm --tasks=piqa --task_data={tmp_path}', 'line 1', 'piqa.jsonl')]
     for args, *words in cases:

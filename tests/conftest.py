@@ -30,21 +30,17 @@ def pytest_runtest_makereport(item, call):
     """In CI nothing that CI has may be missing: a test skips only what the machine forbids, such as a mount."""
     report = yield
     if report.skipped and os.environ.get('CI') and not hasattr(report, 'wasxfail'):
-        reason = str(report.longrepr)
-        data = 'shared/data' in reason and os.path.isdir(os.path.join(ROOT, '..', 'shared', 'data'))
-        if data or 'could not import' in reason:
+        if 'could not import' in (reason := str(report.longrepr)):
             report.outcome, report.longrepr = 'failed', f'skipped in CI, where it must run: {reason}'
     return report
 
 
 @pytest.fixture(scope='session')
 def shared():
-    """Where a file or folder of ../shared/data is; a test that needs what is not at hand is skipped."""
-    def path(*names):
-        if not os.path.exists(found := os.path.join(ROOT, '..', 'shared', 'data', *names)):
-            pytest.skip(f'{names[-1]} is not at hand (../shared/data)')
-        return found
-    return path
+    """Where a file or folder of ../shared/data is. Where that is at hand, nothing in it may be missing."""
+    if not os.path.isdir(folder := os.path.join(ROOT, '..', 'shared', 'data')):
+        pytest.skip('../shared/data is not at hand')
+    return lambda *names: os.path.join(folder, *names)
 
 
 @pytest.fixture(scope='session')

@@ -114,8 +114,8 @@ def test_pysrc(tmp_path):
     ranks = [Run(tmp_path, script, []) for _ in range(4)]
     assert [rank.wait().code for rank in ranks] == [0] * 4
     meta = load_meta(folder)
-    train, val = meta['splits']['train'], meta['splits']['val']
-    assert 300_000 < val['bytes'] < 700_000 < 4_000_000 < train['bytes'] and val['documents'] > 20
+    train, val = meta['splits']['train'], meta['splits']['val']                # tests and installed packages would be more
+    assert 300_000 < val['bytes'] < 700_000 < 4_000_000 < train['bytes'] < 14_000_000 and val['documents'] > 20
     assert meta['tokenizer'] == 'bytes' and meta['vocab_size'] == 261 and sorted(os.listdir(folder)) == DATASET
     for split, info in meta['splits'].items():
         text, tokens = read_bytes(folder, split), TokenData(folder, split, 1).tokens
@@ -126,10 +126,6 @@ def test_pysrc(tmp_path):
     before = os.stat(os.path.join(folder, 'train.bin')).st_mtime_ns            # made once, and always the same
     assert ensure_pysrc(folder) == meta and os.stat(os.path.join(folder, 'train.bin')).st_mtime_ns == before
     assert make(tmp_path, dataset='pysrc')[0]['splits'] == meta['splits']
-    for name in ('a.py', 'test/b.py', 'x/tests/c.py', 'site-packages/d.py', 'e/f.py', 'e/f.txt', '.x/g.py', 'test.py'):
-        write(tmp_path / 'lib' / name, name)
-    write(tmp_path / 'lib' / 'table.py', '# generated from a table')
-    assert [name for _, name in prepare._find([str(tmp_path / 'lib')], '', True).values()] == ['a.py', 'test.py', 'e/f.py']
 
 
 def test_folders_are_split_by_file_and_what_is_left_out_is_said(tmp_path, capsys):
@@ -264,20 +260,6 @@ def test_every_epoch_reads_every_window_once(tmp_path, data, n_tokens, block, se
     assert first.ravel().tolist() == [141, 174, 109, 246, 242, 111]            # what a checkpoint's position means
 
 
-def test_what_does_not_fit(tmp_path):
-    """Of a large file not every byte is verified: a token that no embedding has is found in its batch."""
-    for block in (-1, 0, 9):
-        with pytest.raises(DataError, match=f'block_size {block}: expected 1 to 8'):
-            TokenData(counting(tmp_path, 9), 'train', block)
-    tokens = TokenData(counting(tmp_path, 9), 'train', 1)
-    with open(tokens.path, 'r+b') as file:
-        file.write(np.uint16(261).tobytes())
-    with pytest.raises(DataError, match='it has a token 261'):
-        tokens.batch(0, 8)
-    with pytest.raises(DataError, match='not there, or only half made: .*--dataset=pysrc --out_dir=.*/pysrc`, .*--data_files='):
-        TokenData(f'{tmp_path}/pysrc', 'train', 8)
-
-
 def test_damage_is_found_and_repaired(tmp_path, capsys):
     """Truncations and bit flips of the tokens and of meta.json, one by one."""
     knobs, chance = dict(data_files=write(tmp_path / 'x.txt', 'some text ' * 100)), random.Random(1)
@@ -298,6 +280,19 @@ def test_damage_is_found_and_repaired(tmp_path, capsys):
         with contextlib.suppress(DataError):
             assert load_meta(folder) == json.loads(whole_meta)                 # white space may change, and no more
     assert make(tmp_path, **knobs)[0]['splits'] == meta['splits']
+    tokens = TokenData(folder, 'train', 1)                                     # of a large file not every byte is verified:
+    with open(tokens.path, 'r+b') as file:                                     # such a token is found in its batch
+        file.write(np.uint16(261).tobytes())
+    with pytest.raises(DataError, match='it has a token 261'):
+        tokens.batch(0, tokens.n_windows)
+
+
+def test_what_does_not_fit(tmp_path):
+    for block in (-1, 0, 9):
+        with pytest.raises(DataError, match=f'block_size {block}: expected 1 to 8'):
+            TokenData(counting(tmp_path, 9), 'train', block)
+    with pytest.raises(DataError, match='not there, or only half made: .*--dataset=pysrc --out_dir=.*/pysrc`, .*--data_files='):
+        TokenData(f'{tmp_path}/pysrc', 'train', 8)
 
 
 @pytest.mark.parametrize('args, words', [

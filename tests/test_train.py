@@ -269,8 +269,8 @@ def test_bad_numbers_are_skipped_then_stop_the_run(tmp_path, data):
 
 
 def test_the_logs_reader_is_gone(tmp_path, data):
-    command = [sys.executable, f'{REPO}/train.py', *TINY, data, '--max_iters=30']
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, f'{REPO}/train.py', *TINY, data, '--max_iters=30'], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.read(1)
     process.stdout.close()
     assert process.stderr.read() == b'' and process.wait() == 0
@@ -283,7 +283,6 @@ def test_a_full_disk(tmp_path, data):
     assert run.code == 1 and 'error: the last step is not saved' in run.err and 'Traceback' not in run.err
     assert os.path.getsize(tmp_path / 'out' / 'metrics.jsonl') == 2000 and 'warning: step 4 is not saved' in run.out
     train(tmp_path, data, '--max_iters=20')
-    edit(tmp_path / 'out', 'step_000020_final', lambda state: None)
     with open(tmp_path / 'out' / 'metrics.jsonl', 'ab') as file:
         file.write(b'{"step": 21, "lo\xff\0')
     train(tmp_path, data, '--max_iters=22')
@@ -306,22 +305,19 @@ def test_second_run_in_a_folder_is_refused(tmp_path, data):
 
 def test_bad_input(tmp_path, data):
     (tmp_path / 'file').write_text('')
-    for arg, words in {
-            '--batch_sise=3': 'batch_sise batch', '--learning_rate': 'as in --learning_rate=', 'nope.py': 'nope.py',
-            '--gradient_accumulation_steps=4': 'batch_tokens', '--batch_tokens=1000': 'batch_tokens=1,000 = 128 1,024',
-            '--n_embd=15': 'n_embd=15 gla_heads=2', '--pattern=SXL': 'pattern SXL', '--schedule=linear': 'schedule linear cosine',
-            '--optimizer=sgd': 'optimizer sgd muon', '--device=tpu': 'device tpu', '--micro_batch_size=0': 'micro_batch_size=0',
-            '--beta2=1': 'beta2=1', '--warmup_iters=-1': 'warmup_iters=-1', '--max_iters=0': 'would never end',
-            '--block_size=65536': 'block_size 65536', f'--dataset={tmp_path}/missing': 'missing prepare.py',
-            '--init_from=nothing.pt': 'nothing', '--out_dir=file/out': 'file/out Not a directory',
-            f'{REPO}/config/shakespeare.py': 'data/shakespeare prepare.py line 1 of a config file'}.items():
+    for arg, words in {'--batch_tokens=1000': 'batch_tokens=1,000 = 128 1,024', '--n_embd=15': 'n_embd=15 gla_heads=2',
+                       '--pattern=SXL': 'pattern SXL', '--schedule=linear': 'schedule linear cosine', '--beta2=1': 'beta2=1',
+                       '--optimizer=sgd': 'optimizer sgd muon', '--device=tpu': 'device tpu', '--max_iters=0': 'would never end',
+                       '--micro_batch_size=0': 'micro_batch_size=0', '--warmup_iters=-1': 'warmup_iters=-1',
+                       '--block_size=65536': 'block_size 65536', f'--dataset={tmp_path}/missing': 'missing prepare.py',
+                       '--init_from=nothing.pt': 'nothing', '--out_dir=file/out': 'file/out Not a directory',
+                       f'{REPO}/config/shakespeare.py': 'data/shakespeare prepare.py line 1 of a config file'}.items():
         first = [data] if 'shakespeare' not in arg else []  # that one as in a fresh clone
         line = fails(tmp_path, '--max_iters=2', '--batch_tokens=262144', *first, arg)
         assert all(word in line for word in words.split()), line
     first = Path(REPO, 'config', 'shakespeare.py').read_text().splitlines()[0]
     assert 'input.txt && python prepare.py --data_files=input.txt --dataset=shakespeare' in first
     for env, missing in (({'RANK': '0'}, 'LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT'),
-                         ({'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0'}, 'MASTER_ADDR, MASTER_PORT'),
                          ({'WORLD_SIZE': '2', 'MASTER_ADDR': 'x', 'MASTER_PORT': '1'}, 'no RANK, LOCAL_RANK:')):
         line = fails(tmp_path, data, '--max_iters=1', env=env)
         assert missing in line and 'torchrun' in line

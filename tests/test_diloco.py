@@ -155,10 +155,8 @@ def test_budget_in_tokens_and_in_bytes(tmp_path, data):
 
 
 def test_resume_is_exact(tmp_path, data):
-    for out, stops in (('a', [6]), ('b', [2, 6])):
-        for stop in stops:
-            diloco(tmp_path, 2, data, f'--out_dir={out}', f'--max_rounds={stop}', '--schedule=constant', '--warmup_iters=0',
-                   '--optimizer=muon')
+    for out, stop in ('a', 6), ('b', 2), ('b', 6):
+        diloco(tmp_path, 2, data, f'--out_dir={out}', f'--max_rounds={stop}', '--schedule=constant', '--optimizer=muon')
     a, b = final(tmp_path, 'a'), final(tmp_path, 'b')
     assert a['training'] == b['training'] and all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
 
@@ -170,9 +168,7 @@ def test_newest_round_wins_and_a_newcomer_gets_everything(tmp_path, data):
     shutil.rmtree(tmp_path / 'out0')
     for name in ('step_000003.pt', 'step_000003.json'):
         os.remove(tmp_path / 'out2/worker_00' / name)
-    with open(tmp_path / 'out3/worker_00/step_000003.pt', 'r+b') as file:
-        file.seek(1000)
-        file.write(b'damage')
+    (tmp_path / 'out3/worker_00/step_000003.pt').write_bytes(b'damage')
     runs = diloco(tmp_path, 4, data, '--max_rounds=4', machines=True)
     assert 'going on from round 3' in runs[0].out and 'STEPPING BACK' in runs[3].err
     states = [load(tmp_path / f'out{i}/worker_00/step_000004.pt') for i in range(4)]
@@ -194,12 +190,9 @@ def test_a_signal_ends_the_round_early_and_loses_nothing(tmp_path, data):
     diloco(tmp_path, 2, data, '--H=3000', '--max_rounds=2', '--round_seconds=1', '--schedule=constant')
     rows, state = rounds(tmp_path), final(tmp_path)['training']
     assert sorted(ledger(rows) + state['left']) == list(range(state['next']))
-
-
-def test_a_worker_that_waits_leaves_in_time(tmp_path, data):
-    """Its neighbour stands still: it says its line and is gone before torchrun, after 30 s, would kill it."""
-    runs = start(tmp_path, 2, data, '--max_rounds=100000')
-    runs[0].until('round     2')
+    # one that waits for a neighbour that stands still is gone before torchrun, after 30 s, would kill it
+    runs = start(tmp_path, 2, data, '--H=3000', '--max_rounds=100000', '--round_seconds=0.1', '--schedule=constant')
+    runs[0].until('round     4')
     runs[1].kill(signal.SIGSTOP)
     time.sleep(1)
     assert runs[0].kill(signal.SIGTERM).wait(28).code == 143 and 'stopped by SIGTERM' in runs[0].err
@@ -346,11 +339,6 @@ def test_nodes_come_and_go(tmp_path, data):
     assert 'another worker is gone' in nodes[0].text
 
 
-def test_torchrun_does_not_repeat_wrong_input(tmp_path, data):
-    node = Node(tmp_path, 'a', free_port(), [*TINY, data, '--max_tokens=0', '--max_rounds=5', '--n_embd=15'], workers=2)
-    assert node.process.wait(60) and node.text.count('error: n_embd=15') == 1, node.text
-
-
 def test_bad_input(tmp_path, data):
     def says(*parts, args=(), first=data):
         line = fails(tmp_path, *DILOCO, first, '--max_rounds=2', *args, script='train_diloco.py')
@@ -365,6 +353,8 @@ def test_bad_input(tmp_path, data):
     says('missing', 'prepare.py', first='--dataset=' + str(tmp_path / 'missing'))
     diloco(tmp_path, 1, data, '--max_rounds=1')
     says('H is 5', '6 here', args=['--H=6'])
+    node = Node(tmp_path, 'a', free_port(), [*DILOCO, data, '--max_rounds=5', '--n_embd=15'], workers=2)  # torchrun does not try it again
+    assert node.process.wait(60) and node.text.count('error: n_embd=15') == 1, node.text
 
 
 def test_workers_that_differ(tmp_path, data):
@@ -399,27 +389,14 @@ def test_s3_upload_prune_resume(tmp_path, data, s3):
             assert (verb, stem + '.pt') not in around
     # all disks are lost; the newest round is damaged, and somebody left what is no round of ours
     shutil.rmtree(tmp_path / 'out')
-    s3.objects['runs/one/step_000005.pt'] = b'half'
-    s3.objects['runs/one/step_x.json'] = b'\0'
+    s3.objects |= {'runs/one/step_000005.pt': b'half', 'runs/one/step_x.json': b'\0\xff', 'runs/one/step_000999.json': b'[3, {"sha256": 7}]'}
     run = diloco(tmp_path, 3, *args, '--max_rounds=6', env=s3.env)[0]
-    assert 'STEPPING BACK' in run.err and 'comes from s3://runs/one' in run.out and 'last uploaded round: 6' in run.out
+    assert 'STEPPING BACK' in run.err and 'round 4 comes from s3://runs/one' in run.out and 'last uploaded round: 6' in run.out
+    assert 'step_000006.json' in s3.names('runs/one/') and 'Traceback' not in run.err
     # the name is taken
     shutil.rmtree(tmp_path / 'out')
     run = diloco(tmp_path, 1, *args, '--max_rounds=7', '--learning_rate=0.5', env=s3.env, code=2)[0]
     assert "run_name='one' is taken" in error(run) and 'learning_rate is 0.01 there and 0.5 here' in error(run)
-
-
-def test_s3_foreign_manifest(tmp_path, data, s3):
-    """It does not count: not as a round to go on from, nor when old rounds are dropped. Nobody starts from scratch beside it."""
-    args, last = (data, '--s3_bucket=runs', '--run_name=r', '--upload_rounds=1'), 2
-    diloco(tmp_path, 1, *args, '--max_rounds=2', env=s3.env)
-    for name, body in ('999.json', b'[3, {"sha256": 7}]'), ('998.json', b'\0\xff'), ('997.pt', b''):
-        s3.objects[f'runs/r/step_000{name}'] = body
-        run, last = diloco(tmp_path, 1, *args, f'--max_rounds={last + 2}', env=s3.env)[0], last + 2
-        assert f'last uploaded round: {last}' in run.out and f'step_{last:06d}.json' in s3.names('runs/r/')
-        shutil.rmtree(tmp_path / 'out')
-        run, last = diloco(tmp_path, 1, *args, f'--max_rounds={last + 1}', env=s3.env)[0], last + 1
-        assert f'going on from round {last - 1}' in run.out and 'Traceback' not in run.err
 
 
 def test_s3_bad_input(tmp_path, data, s3):

@@ -31,23 +31,21 @@ def until(condition, seconds, nodes=()):
 class Node:
     """torchrun in a session of its own. The first node of a port hosts the rendezvous, and is waited for."""
 
-    def __init__(self, folder, name, port, args, workers=1, netns='', host='127.0.0.1', env=(), agent=(), rdzv=''):
+    def __init__(self, folder, name, port, args, workers=1):
         self.name, self.output, self.known = name, os.path.join(str(folder), f'node_{name}.txt'), []
-        command = ['ip', 'netns', 'exec', netns] * bool(netns) + [
-            sys.executable, '-m', 'torch.distributed.run', '--nnodes=1:10', f'--nproc_per_node={workers}', '--max_restarts=1000',
-            '--rdzv_backend=c10d', f'--rdzv_endpoint={host}:{port}', '--rdzv_id=test', '--monitor_interval=0.1',
-            f'--rdzv_conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3{rdzv}', *agent,
-            os.path.join(REPO, 'train_diloco.py'), *args]
+        command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=1:10', f'--nproc_per_node={workers}', '--max_restarts=1000',
+                   '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=test', '--monitor_interval=0.1',
+                   '--rdzv_conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3',
+                   os.path.join(REPO, 'train_diloco.py'), *args]
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
         with open(self.output, 'a') as file:  # PR_SET_PDEATHSIG: tests that are killed leave nothing running
-            self.process = subprocess.Popen(command, cwd=str(folder), stdout=file, stderr=file, start_new_session=True,
-                                            preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL), env={
-                **os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1', **dict(env)})
+            self.process = subprocess.Popen(command, cwd=str(folder), stdout=file, stderr=file, start_new_session=True, env=env,
+                                            preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL))
 
         def listening():
             with socket.socket() as s:
-                return s.connect_ex((host, port)) == 0
-        if not netns:
-            until(listening, 60, [self])
+                return s.connect_ex(('127.0.0.1', port)) == 0
+        until(listening, 60, [self])
 
     @property
     def text(self):

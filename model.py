@@ -50,9 +50,10 @@ class FELAConfig:
         for name, value in vars(self).items():
             if type(value) is int and value < (0 if name == 'mlp_hidden' else 1):
                 raise ValueError(f'{name}={value}: expected a positive number')
-        for letter, name in (('L', 'gla_heads'), ('A', 'n_head')):
-            if letter in self.pattern and self.n_embd % getattr(self, name):
-                raise ValueError(f'n_embd={self.n_embd}: expected a multiple of {name}={getattr(self, name)}')
+        for letter, name, times in (('L', 'gla_heads', 1), ('A', 'n_head', 2)):  # rotary positions turn pairs
+            if letter in self.pattern and self.n_embd % (times * getattr(self, name)):
+                raise ValueError(f'n_embd={self.n_embd}: expected a multiple of {name}={getattr(self, name)}'
+                                 + (', an even one' if times == 2 else ''))
 
 
 def recompute(f):
@@ -174,9 +175,10 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=128, floor
     if state is None:
         dtype = torch.promote_types(v.dtype, torch.float32)
         state = v.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype)
-    block = max(1, min(128, int(80 / -floor)))  # exponents stay within +-40, far from overflow
+    # In a block exponents stay within +-40, far from overflow. Sums of more than two are not exact enough.
+    block = max(1, min(128, int(80 / -floor)))
     c = min(chunk_size, q.shape[2])
-    c = c if c <= block else block * 2 ** int(math.log2(c / block))
+    c = c if c <= block else block * min(2, c // block)
     values = v.float() if v.dtype == torch.float16 else v  # fp16 does not hold e^40
     with torch.autocast(v.device.type, enabled=False):
         o, state = gla_chunks(q, k, values, log_decay.clamp(floor, 0), state, c, block)
@@ -185,8 +187,8 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=128, floor
 
 def gla_step(q, k, v, log_decay, S, *_):
     """The recurrence itself for one token, T = 1; advances S (B,H,K,V) in place"""
-    S.mul_(log_decay.exp().mT).addcmul_(k.float().mT, v.float())
-    return q.float() @ S, S
+    S.mul_(log_decay.exp().mT).addcmul_(k.to(S.dtype).mT, v.to(S.dtype))
+    return q.to(S.dtype) @ S, S
 
 
 def gla_chunks(q, k, v, g, S, c, block):
@@ -233,7 +235,11 @@ class Mixer(nn.Module):
     """What is asked of a mixer: `forward` over a sequence, `step` over one token (B,1,C), state in, state out
     (None: none is wanted), `init_state(batch_size)`, and what follows. A state is two tuples: tensors with a
     row for each row of the batch, and the rest."""
-    filters = ()  # names of parameters of two dimensions that are no matrices: no weight decay, no Muon
+    filters = ()  # names of parameters of its own of two dimensions that are no matrices: no decay, no Muon
+
+    def zeros(self, *shape, **options):
+        """On the device of its parameters and, unless said otherwise, in their dtype: for states"""
+        return next(self.parameters()).new_zeros(shape, **options)
 
     def init_weights(self):
         """Parameters that are not the weight of a Linear, which is N(0, 0.02)"""
@@ -255,7 +261,7 @@ class FNOMixer(Mixer):
 
     def __init__(self, config):
         super().__init__()
-        C = config.n_embd
+        C = self.channels = config.n_embd
         self.in_proj, self.out_proj = projections(C, C, C), projections(C, C)  # u, z
         self.taps = nn.Parameter(torch.empty(config.n_modes, C))
         self.direct = nn.Parameter(torch.empty(C))
@@ -275,8 +281,8 @@ class FNOMixer(Mixer):
         return torch.cat((taps[:1] + self.direct.float(), taps[1:]))
 
     def init_state(self, batch_size):
-        w, taps = self.out_proj.weight, self.effective_taps()
-        return (w.new_zeros(batch_size, *taps.shape),), (w.new_zeros(1, dtype=torch.long), taps.to(w.dtype))
+        ring = self.zeros(batch_size, *self.taps.shape)
+        return (ring,), (self.zeros(1, dtype=torch.long), self.effective_taps().detach().to(ring.dtype))
 
     def forward(self, x, state=None):
         u, z = self.in_proj(x).chunk(2, -1)  # (B,T,C)
@@ -308,7 +314,7 @@ class GLAMixer(Mixer):
 
     def __init__(self, config):
         super().__init__()
-        C = config.n_embd
+        C = self.channels = config.n_embd
         self.n_head, self.chunk_size, self.memory = config.gla_heads, config.chunk_size, config.n_modes
         self.in_proj, self.out_proj = projections(C, C, C, C, C), projections(C, C)  # q, k, v, z
         self.short_taps = nn.Parameter(torch.empty(self.width, 3 * C))
@@ -324,12 +330,12 @@ class GLAMixer(Mixer):
         self.decay_up.bias.copy_(torch.logit(1 / (tau * -self.floor)))
 
     def flops(self, T):
-        return 4 * self.out_proj.in_features ** 2 // self.n_head  # the state is written and read
+        return 4 * self.channels ** 2 // self.n_head  # the state is written and read
 
     def init_state(self, batch_size):
-        w, H = self.out_proj.weight, self.n_head
-        S = w.new_zeros(batch_size, H, len(w) // H, len(w) // H, dtype=torch.float32)
-        return (S, w.new_zeros(batch_size, self.width - 1, 3 * len(w))), ()
+        C, H = self.channels, self.n_head
+        S = self.zeros(batch_size, H, C // H, C // H, dtype=torch.float32)
+        return (S, self.zeros(batch_size, self.width - 1, 3 * C)), ()
 
     def forward(self, x, state=None, attend=gated_linear_attention):
         (B, T, C), H = x.shape, self.n_head
@@ -355,19 +361,19 @@ class GLAMixer(Mixer):
 
 class AttentionMixer(Mixer):
     """A, the baseline: causal softmax attention with rotary positions.
-    State, the KV cache: k and v (B,H,capacity,K); the tokens in it, a number, or after make_room() a tensor
-    (1,), so that all steps are one program."""
+    State, the KV cache: k and v (B,H,tokens,K); their number. After make_room() the number is a tensor (1,),
+    and what comes is written in place, so that all steps are one program."""
     def __init__(self, config):
         super().__init__()
         C, self.n_head = config.n_embd, config.n_head
+        self.channels = C
         self.in_proj, self.out_proj = projections(C, C, C, C), projections(C, C)  # q, k, v
 
     def flops(self, T):
-        return 2 * T * self.out_proj.in_features  # T / 2 tokens are seen on average, as keys and as values
+        return 2 * T * self.channels  # T / 2 tokens are seen on average, as keys and as values
 
     def init_state(self, batch_size):
-        w, H = self.out_proj.weight, self.n_head
-        return tuple(w.new_zeros(2, batch_size, H, 0, len(w) // H)), (0,)
+        return tuple(self.zeros(2, batch_size, self.n_head, 0, self.channels // self.n_head)), (0,)
 
     def make_room(self, state, tokens):
         caches, (n,) = state
@@ -384,12 +390,12 @@ class AttentionMixer(Mixer):
         angle = positions.unsqueeze(1) * inv_freq  # (T,K/2) fp32
         cos, sin, (a, b) = angle.cos(), angle.sin(), qkv[:2].chunk(2, -1)
         q, k, v = *torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(qkv.dtype), qkv[2]  # RoPE
-        if state:
-            if not static and n + T > caches[0].shape[2]:  # full: at least double it
-                caches = tuple(F.pad(cache, (0, 0, 0, n + T)) for cache in caches)
+        if static:
             for cache, new in zip(caches, (k, v)):
                 cache.index_copy_(2, positions, new.to(cache.dtype))
-            k, v = (cache[:, :, :None if static else n + T].to(q.dtype) for cache in caches)
+        elif state:
+            caches = tuple(torch.cat((cache, new.to(cache.dtype)), 2) for cache, new in zip(caches, (k, v)))
+        k, v = (cache.to(q.dtype) for cache in caches or (k, v))
         mask = torch.arange(k.shape[2], device=x.device) <= positions.unsqueeze(1) if static or n else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
@@ -475,7 +481,7 @@ class FELA(nn.Module):
         groups, adamw, muon = {}, [], []  # by kind, and by the projections in a matrix
         for path, module in self.named_modules():
             for n, p in module.named_parameters(recurse=False):
-                kind = ('embedding' if module is self.embedding else 'vectors' if p.dim() == 1 else
+                kind = ('embedding' if module is self.embedding else 'vectors' if p.dim() < 2 else
                         'filters' if n in getattr(module, 'filters', ()) else 'matrices')
                 assert kind != 'matrices' or isinstance(module, nn.Linear), f'{path}.{n}: is it in filters?'
                 groups.setdefault((kind, getattr(module, 'parts', 1)), []).append(p)
@@ -505,7 +511,7 @@ class FELA(nn.Module):
         return self.head(x)[..., :self.config.vocab_size].float()
 
     def losses(self, x, targets):
-        """output of the last block (N,C), targets (N,), -1 ignored -> nats (N,)"""
+        """output of the last block (tokens,C), targets (tokens,), -1 ignored -> nats (tokens,)"""
         logits, V = self.head(x), self.config.vocab_size
         rows = 2 ** 21 // V + 1 if x.is_cpu else len(x)  # as many as a CPU's cache holds
         return torch.cat([F.cross_entropy(z[:, :V].float(), y, ignore_index=-1, reduction='none')
@@ -514,6 +520,8 @@ class FELA(nn.Module):
     def forward(self, idx, targets=None, reduction='mean'):
         """idx (B,T) int64 -> (logits (B,T,vocab) fp32, None); with targets (B,T), -1 ignored, (None, loss in
         nats): reduction 'mean' over the targets, or 'none' for the loss of each token (B,T)."""
+        if reduction not in ('mean', 'none'):
+            raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'none'")
         x, _ = self.hidden(self.embedding(idx))
         if targets is None:
             return self.logits(x), None
@@ -538,7 +546,8 @@ class FELA(nn.Module):
 
     @torch.inference_mode()
     def step(self, idx, state):
-        """idx (B,) -> (logits (B,vocab), state), advanced in place; to go two ways, repeat_state() first"""
+        """idx (B,) -> (logits (B,vocab), state), advanced in place, but for A without make_room(): go on with
+        the one that is returned; to go two ways, repeat_state() first"""
         x, state = self.hidden(self.embedding(idx.unsqueeze(1)), state, step=True)
         return self.logits(x[:, 0]), state
 
@@ -582,6 +591,8 @@ class FELA(nn.Module):
         for i in range(max_new_tokens):
             token = sample(logits, temperature, top_k, top_p, generator)
             yield token
+            if i + 1 == max_new_tokens:
+                return
             if i == 0 and idx.is_cuda:
                 step = self.capture_step(token, state)
             logits, state = step(token, state)
@@ -593,8 +604,9 @@ class FELA(nn.Module):
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """logits (B,vocab) -> token ids (B,)"""
-    if temperature < 0:
-        raise ValueError(f'temperature={temperature}: expected 0 (greedy) or more')
+    if not (temperature >= 0 and (top_k or 0) >= 0 and top_p > 0):
+        raise ValueError(f'temperature={temperature}, top_k={top_k}, top_p={top_p}: expected 0 (greedy) or '
+                         'more, a number of tokens or 0, a share above 0')
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -706,7 +718,8 @@ def save_checkpoint(out_dir, step, state, manifest, final=False, keep=0):
 
     def val_loss(path):
         with suppress(ValueError, KeyError, TypeError):  # damaged, or saved without an evaluation
-            return float(read_manifest(path)['losses']['val'])
+            loss = float(read_manifest(path)['losses']['val'])
+            return math.inf if math.isnan(loss) else loss
         return math.inf
     older = [p for p in list_checkpoints(out_dir) if int(re.search(r'.*step_(\d+)', p)[1]) <= step]
     for old in {*older[keep:]} - {min(older, key=val_loss)} if keep else ():
@@ -748,10 +761,10 @@ def load_model(path, device='cpu', **overrides):
     """-> (model, state, manifest); overrides are fields of the config that keep the weights (chunk_size)"""
     state, manifest = load_checkpoint(path)
     try:
-        config = {**state['config'], **overrides}
+        config = state['config']
         with torch.device(device):
             known = {f.name: config[f.name] for f in fields(FELAConfig) if f.name in config}
-            model = FELA(FELAConfig(**known))
+            model = FELA(FELAConfig(**{**known, **overrides}))
         model.load_state_dict(state['model'])
     except (ValueError, TypeError, RuntimeError) as e:
         raise CheckpointError(f'{path} does not fit its config: {" ".join(str(e).split())[:160]}') from None

@@ -391,7 +391,8 @@ def test_s3_upload_prune_resume(tmp_path, data, s3):
     shutil.rmtree(tmp_path / 'out')
     s3.objects |= {'runs/one/step_000005.pt': b'half', 'runs/one/step_x.json': b'\0\xff', 'runs/one/step_000999.json': b'[3, {"sha256": 7}]'}
     run = diloco(tmp_path, 3, *args, '--max_rounds=6', env=s3.env)[0]
-    assert 'STEPPING BACK' in run.err and 'round 4 comes from s3://runs/one' in run.out and 'last uploaded round: 6' in run.out
+    assert 'STEPPING BACK' in run.err and 'last uploaded round: 6' in run.out
+    assert any(f'round {n} comes from s3://runs/one' in run.out for n in (2, 3, 4))  # an upload may outlast a round
     assert 'step_000006.json' in s3.names('runs/one/') and 'Traceback' not in run.err
     # the name is taken
     shutil.rmtree(tmp_path / 'out')

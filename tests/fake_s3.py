@@ -17,8 +17,7 @@ class FakeS3(ThreadingHTTPServer):
         self.buckets, self.objects, self.parts, self.requests, self.mode = buckets, {}, {}, [], ''
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.env = {'AWS_ENDPOINT_URL': f'http://127.0.0.1:{self.server_port}', 'AWS_ACCESS_KEY_ID': 'writer',
-                    'AWS_SECRET_ACCESS_KEY': self.SECRET, 'AWS_DEFAULT_REGION': 'us-east-1',
-                    'AWS_EC2_METADATA_DISABLED': 'true'}
+                    'AWS_SECRET_ACCESS_KEY': self.SECRET, 'AWS_DEFAULT_REGION': 'us-east-1', 'AWS_EC2_METADATA_DISABLED': 'true'}
         self.reader = self.env | {'AWS_ACCESS_KEY_ID': 'reader'}  # the Credential of a request says who it is
 
     def names(self, prefix=''):

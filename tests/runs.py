@@ -119,12 +119,15 @@ def fails(folder, *args, code=2, script='train.py', **kwargs):
     return lines[-1]
 
 
-def train_ranks(folder, ranks, *args, code=0, last=()):
-    """What torchrun does, without its start-up time; `last`: more arguments for the last rank."""
+def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    env = {'WORLD_SIZE': str(ranks), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+        return s.getsockname()[1]
+
+
+def train_ranks(folder, ranks, *args, code=0, last=()):
+    """What torchrun does, without its start-up time; `last`: more arguments for the last rank."""
+    env = {'WORLD_SIZE': str(ranks), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
     runs = [start(folder, *args, *(last if i + 1 == ranks else ()), env=env | {'RANK': str(i), 'LOCAL_RANK': str(i)})
             for i in range(ranks)]
     for run in runs:

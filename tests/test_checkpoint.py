@@ -13,14 +13,25 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import configurator
 import model
-from model import FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, load_model, save_checkpoint
+from model import FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, load_model, read_manifest, save_checkpoint
 from runs import REPO, fails, make_data, metrics, train
-from trials.reliability import read, write
 
 SMALL = FELAConfig(vocab_size=7, n_layer=2, n_embd=8, n_head=1, gla_heads=1, n_modes=4, pattern='SL')
+
+
+def read(path):
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+def write(path, data):
+    with open(path, 'wb') as file:
+        file.write(data)
 
 
 def state(step, **changes):
@@ -211,6 +222,26 @@ def test_foreign_files(tmp_path):
     save_checkpoint(str(tmp_path), 1, state(1, model={'blocks.0.mixer.input.weight': torch.ones(2)}), {})
     write(json_path, read(json_path).replace(b'"check"', b'"manifest_sha256"'))
     assert 'step_000001.json is of the first edition of FELA (commit 710124b)' in refused(path, load_model)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+anything = st.recursive(scalars, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=9), x, max_size=3), max_leaves=6)
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+@given(data=st.none() | st.binary(max_size=40), whole=st.binary(max_size=40),
+       key=st.sampled_from('step final sha256 config losses training text'.split()), value=anything)
+def test_any_manifest_and_any_bytes(tmp_path, data, whole, key, value):
+    """Read, or refused in one line, also where the checksums fit, as a forger writes them."""
+    save(tmp_path, 1)
+    for forgery in (lambda: forge(tmp_path, 1, **{key: value}), lambda: data is None or write(tmp_path / 'step_000001.pt', data),
+                    lambda: forge(tmp_path, 1), lambda: write(tmp_path / 'step_000001.json', whole)):
+        forgery()
+        for load in (read_manifest, load_checkpoint):
+            try:
+                load(str(tmp_path / 'step_000001.json'))
+            except CheckpointError as e:
+                assert '\n' not in str(e)
 
 
 def test_what_is_not_there(tmp_path):

@@ -79,20 +79,6 @@ class Unigram:
         return self.log_weights.expand(len(h), -1)
 
 
-class Renamed:
-    """GPT-2's tokens under the names of their counts in a text: all that an add-one model wants to know of them."""
-    name = 'gpt2'
-
-    def __init__(self, tokenizer, text):
-        self.tokenizer, counts = tokenizer, np.bincount(tokenizer.encode(text), minlength=tokenizer.vocab_size) + 1
-        kinds, self.names = np.unique(counts, return_inverse=True)
-        self.weights = [*kinds, counts.sum() - kinds.sum()]  # one token of each count, and all others together
-        self.eot = len(kinds)
-
-    def encode(self, text):
-        return self.names[self.tokenizer.encode(text)].tolist()
-
-
 def lm(model, tokenizer):
     pytest.importorskip('lm_eval')
     ev.lm(SimpleNamespace(model=model, tokenizer=tokenizer))
@@ -102,9 +88,11 @@ def lm(model, tokenizer):
 def test_known_scores_of_a_unigram_model(gpt2, shared, knobs, capsys):
     """Through the adapter, lm-eval and the local files: to all digits of ../shared/data/README.md."""
     with open(shared('text', 'tinyshakespeare.txt')) as file:
-        tokenizer = Renamed(gpt2, file.read())
+        counts = np.bincount(gpt2.encode(file.read()), minlength=gpt2.vocab_size) + 1
+    kinds, names = np.unique(counts, return_inverse=True)  # an add-one model wants to know no more of a token than its count
+    tokenizer = SimpleNamespace(name='gpt2', eot=len(kinds), encode=lambda text: names[gpt2.encode(text)].tolist())
     knobs(task_data=shared('lm_eval'), batch_size=64)
-    found = lm(Unigram(tokenizer.weights), tokenizer)
+    found = lm(Unigram([*kinds, counts.sum() - kinds.sum()]), tokenizer)
     results, majority = found['results'], {row['task']: row.get('majority') for row in found['table']}
     assert found['config']['left_out'] == ['hellaswag'] and 'hellaswag*.jsonl' in capsys.readouterr().out
     assert round(results['wikitext']['word_perplexity'], 4) == 25415.2275
@@ -115,6 +103,7 @@ def test_known_scores_of_a_unigram_model(gpt2, shared, knobs, capsys):
 
 
 def requests(*args):
+    pytest.importorskip('lm_eval')
     return [SimpleNamespace(args=a) for a in args]
 
 
@@ -138,15 +127,9 @@ def straight(run):
 
         def loglikelihood_rolling(self, asked, **kwargs):
             windows = lambda text: map(make_disjoint_window, get_rolling_token_windows(encode(text), eot, longest, 1))
-            found = [self._loglikelihood_tokens([('', *window) for window in windows(request.args[0])]) for request in asked]
-            return [sum(value for value, _ in values) for values in found]
+            scores = lambda text: self._loglikelihood_tokens([('', *window) for window in windows(text)])
+            return [sum(value for value, _ in scores(request.args[0])) for request in asked]
     return Straight()
-
-
-def adapter(run, knobs, **values):
-    pytest.importorskip('lm_eval')
-    knobs(**values)
-    return ev.lm_adapter(run.model, run.tokenizer)
 
 
 def test_log_likelihoods_are_those_of_a_plain_adapter(tiny, knobs):
@@ -154,9 +137,9 @@ def test_log_likelihoods_are_those_of_a_plain_adapter(tiny, knobs):
     asked = requests(*((text[:n], text[n:n + 1 + n % 7]) for n in range(1, 120, 5)), ('', 'abc'), ('a ', 'b'),
                      (' \n ', 'xy'), ('a', 'b' * 40), ('x' * 50, 'yes'))
     for size, longest in ((1, 20), (4, 100), (64, 0)):
-        lm = adapter(tiny, knobs, batch_size=size, max_length=longest)
-        found, expected = lm.loglikelihood(asked), straight(tiny).loglikelihood(asked)
-        assert np.allclose(found, expected, atol=1e-3)
+        knobs(batch_size=size, max_length=longest)
+        lm = ev.lm_adapter(tiny.model, tiny.tokenizer)
+        assert np.allclose(lm.loglikelihood(asked), straight(tiny).loglikelihood(asked), atol=1e-3)
         texts = requests((text,), ('short',), ('',), (text * 2,))
         assert np.allclose(lm.loglikelihood_rolling(texts), straight(tiny).loglikelihood_rolling(texts), rtol=1e-5)
     assert lm.loglikelihood(requests(('a', ''))) == [(0, True)]
@@ -166,7 +149,8 @@ def test_generation_is_the_models_own_and_options_are_lm_evals(tiny, knobs):
     prompts = ['def f(', 'class', 'x = 1\nfor i in', 'é', '', '  ']
 
     def made(options, size=16, some=prompts):
-        return adapter(tiny, knobs, batch_size=size).generate_until(requests(*((text, options) for text in some)))
+        knobs(batch_size=size)
+        return ev.lm_adapter(tiny.model, tiny.tokenizer).generate_until(requests(*((text, options) for text in some)))
     greedy = made({'until': [], 'max_gen_toks': 12})
     for text, found in zip(prompts, greedy):
         ids = torch.tensor([tiny.tokenizer.encode(text) or [256]])
@@ -174,8 +158,7 @@ def test_generation_is_the_models_own_and_options_are_lm_evals(tiny, knobs):
         assert found == tiny.tokenizer.decode(expected[:expected.index(256)] if 256 in expected else expected)
     stop = next(text for text in greedy if len(text) > 4)[3]
     assert made({'until': stop, 'max_new_tokens': 12}) == [text.split(stop)[0] for text in greedy]
-    for options in ({'until': ['']}, {'until': None}, {'do_sample': False, 'temperature': 0.7},
-                    {'temperature': 2.0, 'top_k': 1}):
+    for options in ({'until': ['']}, {'until': None}, {'do_sample': False, 'temperature': 0.7}, {'temperature': 2.0, 'top_k': 1}):
         assert made({'max_new_tokens': 12, **options}) == greedy
     assert made({'max_gen_toks': 0}) == [''] * len(prompts)
     for options in ({'temperature': 1.0}, {'do_sample': True}, {'temperature': 3.0, 'top_p': 0.9}):
@@ -324,11 +307,10 @@ def test_finished_suites_stay_and_the_page_shows_all(checkpoint):
 
 def test_bad_input_is_one_line_and_a_folder_that_holds_something_else_is_left_alone(checkpoint, tmp_path):
     (checkpoint / 'other').mkdir()
-    for name, body in (('README.md', 'mine'), *(('meta.json', body) for body in (
-            '[]', '{"longctx": 3}', '3', '{"longctx": {}}', 'no JSON', '{"needle": {"key": 1, "table": []}}'))):
-        (checkpoint / 'other' / name).write_text(body)
-        assert 'other' in fails(checkpoint, '--device=cpu', *QUICK, '--out=other', script='eval.py')
-        assert (checkpoint / 'other' / name).read_text() == body
+    for body in ('mine', 'no JSON', '[]', '{"longctx": 3}', '{"longctx": {}}', '{"needle": {"key": 1, "table": []}}'):
+        path = checkpoint / 'other' / ('README.md' if body == 'mine' else 'meta.json')
+        path.write_text(body)
+        assert 'other' in fails(checkpoint, '--device=cpu', *QUICK, '--out=other', script='eval.py') and path.read_text() == body
     for name, body in (('latin.txt', 'é'.encode('latin-1') * 9), ('short.txt', b'short ' * 100), ('piqa.jsonl', b'[1]\nno\n'),
                        ('boolq.jsonl', b'{"passage": "a", "question": "b", "label": 0}\n{"passage": "a", "label": 0}\n'),
                        ('without.py', b'import runpy, sys\nsys.modules["matplotlib"] = None\n'
@@ -337,17 +319,16 @@ def test_bad_input_is_one_line_and_a_folder_that_holds_something_else_is_left_al
     cases = [('--suite=longctxx', 'longctxx', 'interpret'), ('--suite=needle --checkpoint=out2', 'out2', ''),
              (f'--suite=longctx --text_file={tmp_path}/short.txt --contexts=64,512 --blocks=2', '600 tokens', '--contexts=64'),
              (f'--suite=longctx --text_file={tmp_path}/latin.txt', 'latin.txt', 'UTF-8'),
-             (f'--suite=needle --haystack={tmp_path}/nothere.txt', 'nothere.txt', ''),
-             ('--suite=needle --needle_depths=2', 'depths', ''), ('--suite=speed --repetitions=0', 'repetitions=0', ''),
-             ('--suite=speed --arms=FELA,B', 'FELA,B', ''), ('--suite=lm --task_data=nowhere', 'no such folder', ''),
+             (f'--suite=needle --haystack={tmp_path}/nothere.txt', 'nothere.txt'), ('--suite=needle --needle_depths=2', 'depths'),
+             ('--suite=speed --arms=FELA,B', 'FELA,B'), ('--suite=speed --repetitions=0', 'repetitions=0'),
+             ('--suite=lm --task_data=nowhere', 'no such folder'),
              (f'--suite=lm --tasks=boolq --task_data={tmp_path}', 'line 2', "'question'"),
              (f'--suite=lm --tasks=piqa --task_data={tmp_path}', 'line 1', 'piqa.jsonl')]
     for args, *words in cases:
         line = fails(checkpoint, '--device=cpu', '--dtype=float32', '--out=bad', *args.split(), script='eval.py')
         assert all(word in line for word in words), line
     assert 'boolqq' in fails(checkpoint, '--device=cpu', '--suite=lm', '--tasks=boolqq', script='eval.py', code=1)
-    script = str(tmp_path / 'without.py')
-    assert 'pip install matplotlib' in fails(checkpoint, '--device=cpu', '--suite=needle', '--out=bad', script=script)
+    assert 'pip install matplotlib' in fails(checkpoint, '--device=cpu', '--suite=needle', script=str(tmp_path / 'without.py'))
 
 
 def test_help_lists_knobs_and_nothing_else(checkpoint):

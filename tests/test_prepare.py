@@ -275,6 +275,8 @@ def test_damage_is_found_and_repaired(tmp_path, capsys):
     assert 'is made anew: it is damaged' in capsys.readouterr().out
     cut = [whole_meta[:chance.randrange(len(whole_meta))] for _ in range(100)]
     forged = [b'', b'\xff', b'[' * 100_000, b'[]', b'{"check": 1, "splits": null}']
+    for odd in ({}, {'splits': {}}, {**meta, 'splits': {'train': 1}}, {**meta, 'vocab_size': '261'}):
+        forged.append(json.dumps({**odd, 'check': prepare._check(odd)}).encode())  # with a checksum that fits
     for data in forged + cut + [flipped(whole_meta) for _ in range(500)]:
         write(meta_path, data)
         with contextlib.suppress(DataError):

@@ -8,16 +8,11 @@ import subprocess
 import sys
 import time
 
-REPO = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from runs import REPO
+
 TINY = ('--n_embd=16 --n_head=2 --gla_heads=2 --n_layer=2 --n_modes=8 --pattern=SL --block_size=32 --micro_batch_size=4 '
         '--batch_tokens=128 --H=5 --eval_tokens=512 --final_eval_tokens=512 --warmup_iters=5 --eval_rounds=0 '
         '--learning_rate=1e-2 --device=cpu --dtype=float32').split()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 def until(condition, seconds, nodes=()):
@@ -105,6 +100,12 @@ def rounds(folder):
 
 def newest(folder):
     return max(rounds(folder), default=0)
+
+
+def settled(folder, workers, nodes):
+    """Wait for a whole round of so many workers, beyond the one that is under way."""
+    before = newest(folder)
+    until(lambda: any(row['workers'] == workers for r, row in rounds(folder).items() if r > before + 1), 240, nodes)
 
 
 def ledger(rows):

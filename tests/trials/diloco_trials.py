@@ -1,32 +1,18 @@
-"""The long measurements of train_diloco.py, on this machine; each prints the table that results/diloco/ keeps.
+"""What it costs a run of train_diloco.py to lose workers and nodes; prints a table of results/diloco/.
 
-    python tests/trials/diloco_trials.py learning        # 4 workers and H=50 against data parallel, at equal tokens
-    python tests/trials/diloco_trials.py failures kill   # or stop, host: between rounds, inside, in a collective
-    python tests/trials/diloco_trials.py churn           # ten minutes of random kills, stops and joins of four nodes
+    python tests/trials/diloco_trials.py kill   # or stop, host: between rounds, inside, in a collective
 """
-import glob
-import json
 import os
-import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 
-from diloco_nodes import REPO, TINY, Node, free_port, ledger, newest, rounds, until
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from runs import free_port  # noqa: E402  it puts the project's root on the path
 
-# config/diloco_pysrc.py for train.py
-SHAPE = ('--n_embd=64 --gla_heads=4 --n_modes=64 --block_size=128 --micro_batch_size=16 --max_tokens=16384000 --batch_tokens=8192 '
-         '--optimizer=adamw --warmup_iters=200 --min_lr_frac=0.1 --eval_interval=0 --sample_tokens=0').split()
-
-
-def data(folder):
-    sys.path.insert(0, REPO)
-    from prepare import ensure_pysrc
-    path = os.path.join(folder, 'data', 'pysrc')
-    ensure_pysrc(path)
-    return f'--dataset={path}'
+from diloco_nodes import TINY, Node, ledger, newest, rounds, settled, until  # noqa: E402
+from prepare import ensure_pysrc  # noqa: E402
 
 
 def check(folder):
@@ -38,29 +24,11 @@ def check(folder):
     return f'ok, {len(missing)} steps left over' if whole and len(missing) <= 4 * 200 else 'WRONG'
 
 
-def learning(folder):
-    """About 12 minutes a run on one core, four runs."""
-    print('| run | learning rate | validation loss (nats) |\n|---|---|---|')
-    for lr in ('4e-3', '8e-3'):
-        for kind, args in (('data parallel', ['train.py', *SHAPE]), ('DiLoCo', ['train_diloco.py', 'config/diloco_pysrc.py'])):
-            out = os.path.join(folder, f'{kind.split()[0]}{lr}')
-            subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=4', *args,
-                            f'--learning_rate={lr}', data(folder), '--device=cpu', '--dtype=float32', f'--out_dir={out}'],
-                           env={**os.environ, 'OMP_NUM_THREADS': '1'}, cwd=REPO, check=True, stdout=subprocess.DEVNULL)
-            with open(max(glob.glob(f'{out}/*_final.json'))) as file:
-                losses = json.load(file)['losses']
-            print(f'| {kind} | {lr} | {losses.get("final_val", losses.get("val")):.4f} |', flush=True)
-
-
-def settled(folder, workers, nodes):
-    before = newest(folder)
-    until(lambda: any(row['workers'] == workers for r, row in rounds(folder).items() if r > before + 1), 240, nodes)
-
-
-def failures(folder, kind='kill'):
+def failures(folder, kind):
     """Three nodes; the third is lost (kill: kill -9; stop: SIGSTOP; host: the first instead) at three moments, and comes back."""
-    args, port = [*TINY, data(folder), '--max_tokens=0', '--max_rounds=100000', '--timeout=10', '--H=60', '--run_name=r'], free_port()
-    nodes = []
+    data, port, nodes = os.path.join(folder, 'data', 'pysrc'), free_port(), []
+    ensure_pysrc(data)
+    args = [*TINY, f'--dataset={data}', '--max_tokens=0', '--max_rounds=100000', '--timeout=10', '--H=60', '--run_name=r']
 
     def node(i):
         return Node(folder, 'abc'[i], port, [*args, f'--out_dir={folder}/{"abc"[i]}'])
@@ -112,45 +80,9 @@ def failures(folder, kind='kill'):
             node.kill()
 
 
-def churn(folder, seconds=600, seed=1):
-    """Every ten seconds or so one of four nodes (not the host) is killed, stopped, told to end, or comes back."""
-    args, rng = [*TINY, data(folder), '--max_tokens=0', '--max_rounds=1000000', '--timeout=10', '--H=40'], random.Random(int(seed))
-    port, nodes, end = free_port(), [], time.monotonic() + float(seconds)
-
-    def node(i):
-        return Node(folder, 'abcd'[i], port, [*args, f'--out_dir={folder}/{"abcd"[i]}'])
-    try:
-        nodes += [node(i) for i in range(4)]
-        settled(folder, 4, nodes)
-        while time.monotonic() < end:
-            time.sleep(rng.uniform(2, 20))
-            i, what = rng.randrange(1, 4), rng.choice(('worker', 'node', 'TERM', 'STOP', 'join', 'join'))
-            print(f'round {newest(folder)}: {what} {i}', flush=True)
-            if what == 'worker':
-                nodes[i].signal(signal.SIGKILL, everything=False)
-            elif what == 'STOP':
-                nodes[i].signal(signal.SIGSTOP, everything=False)
-            elif what == 'TERM':
-                nodes[i].process.terminate()
-            else:
-                nodes[i].kill()
-            if what == 'join':
-                nodes[i] = node(i)
-        for i in range(1, 4):
-            nodes[i].kill()
-            nodes[i] = node(i)
-        settled(folder, 4, nodes)
-    finally:
-        for node in reversed(nodes):
-            node.kill()
-    rows = rounds(folder)
-    print(f'{len(rows)} rounds, loss {rows[1]["loss"]:.3f} to {rows[len(rows)]["loss"]:.3f}, ledger: {check(folder)}')
-
-
 if __name__ == '__main__':
-    trials = {f.__name__: f for f in (learning, failures, churn)}
-    if len(sys.argv) < 2 or sys.argv[1] not in trials:
+    if sys.argv[1:] not in (['kill'], ['stop'], ['host']):
         sys.exit(__doc__)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('ended'))
     with tempfile.TemporaryDirectory(prefix='fela-diloco-') as tmp:
-        trials[sys.argv[1]](tmp, *sys.argv[2:])
+        failures(tmp, sys.argv[1])

@@ -32,12 +32,10 @@ cli.add_argument('--steps', type=int, default=1000)
 cli.add_argument('--T', type=int, default=2048)
 cli.add_argument('--rows', type=int, default=16, help='a step')
 cli.add_argument('--warmup', type=int, default=60)
-cli.add_argument('--min_lr_frac', type=float, default=0.05)
 cli.add_argument('--n_embd', type=int, default=768)
 cli.add_argument('--n_layer', type=int, default=12)
 cli.add_argument('--mlp_hidden', type=int, default=1536, help='of an arm of three S and one L, to which others are made equal')
 cli.add_argument('--windows', type=int, default=128, help='of validation')
-cli.add_argument('--seconds', type=float, default=0, help='no arm is started after so many (0: off)')
 args = cli.parse_args()
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 torch.set_float32_matmul_precision('high')
@@ -89,7 +87,7 @@ def run(name, knobs):
         model.compile_blocks()
     for step in range(args.steps):
         done = (step - args.warmup) / max(1, args.steps - args.warmup)
-        now = (step + 1) / (args.warmup + 1) if done < 0 else args.min_lr_frac + (1 - args.min_lr_frac) * 0.5 * (1 + math.cos(math.pi * done))
+        now = (step + 1) / (args.warmup + 1) if done < 0 else 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group['lr'] = lr * now * group['lr_scale']
         x, y = (torch.from_numpy(part).to(device) for part in train.batch(step * args.rows, args.rows))
@@ -115,15 +113,9 @@ def run(name, knobs):
     with open(args.out, 'a') as file:
         file.write(json.dumps(result) + '\n')
     print(json.dumps(result), flush=True)
-    return result
 
 
 if __name__ == '__main__':
-    began, rows = time.perf_counter(), []
     for arm in args.arms.split(';'):
-        if not args.seconds or time.perf_counter() - began < args.seconds:
-            name, _, knobs = arm.partition(':')
-            rows.append(run(name, dict(knob.split('=') for knob in knobs.split(',') if knob)))
-    print('| arm | lr | val | new | near | far | tokens/s |\n| --- | --- | --- | --- | --- | --- | --- |')
-    for r in rows:
-        print('| ' + ' | '.join(str(r.get(k, '')) for k in ('arm', 'lr', 'val', 'new', 'near', 'far', 'tokens_per_second')) + ' |')
+        name, _, knobs = arm.partition(':')
+        run(name, dict(knob.split('=') for knob in knobs.split(',') if knob))

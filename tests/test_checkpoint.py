@@ -225,7 +225,7 @@ def test_foreign_files(tmp_path):
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
-anything = st.recursive(scalars, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=9), x, max_size=3), max_leaves=6)
+anything = st.recursive(scalars, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=9), x), max_leaves=6)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))

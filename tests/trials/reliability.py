@@ -37,7 +37,8 @@ def kill(folder, kills=200, seed=0):
         reported, names = max([reported, *saved]), os.listdir(out) if os.path.isdir(out) else []
         counts['checkpoints written'] += len(saved)
         counts['killed while a file was being written'] += 'unfinished.tmp' in names
-        counts['killed where a .pt had no manifest'] += any(name.endswith('.pt') and name[:-2] + 'json' not in names for name in names)
+        counts['killed where a .pt had no manifest'] += any(
+            name.endswith('.pt') and name[:-2] + 'json' not in names for name in names)
         most = max(most, len(names))
     steps = reported + 5
     assert 'going on from out' in train(folder, *args, f'--max_iters={steps}').out

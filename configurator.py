@@ -35,7 +35,7 @@ def configure(namespace, argv=None):
              and k[0] != '_' and not (k.isupper() and k[1:])}  # neither private nor a CONSTANT
     if '--help' in argv or '-h' in argv:
         lines = [f'  {f"--{key}={value!r}":30} {comments[key]}\n' for key, value in knobs.items()]
-        with suppress(BrokenPipeError):  # a reader that has seen enough: nothing stays in a buffer
+        with suppress(OSError):  # a reader that has seen enough, a full disk: nothing stays in a buffer
             os.write(1, ''.join([namespace['__doc__'] or '', '\n', *lines]).encode())
         sys.exit(0)
     for arg in argv:
@@ -107,10 +107,9 @@ def require(config, **rules):
 def find_ranks():
     """-> rank, local rank, number of ranks and whether there are several, from what torchrun sets"""
     names = ['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT']
-    missing = [name for name in names if name not in os.environ]
-    if {'RANK', 'WORLD_SIZE'} <= set(missing):
+    if not {'RANK', 'WORLD_SIZE'} & os.environ.keys():
         return 0, 0, 1, False
-    if missing:
+    if missing := [name for name in names if name not in os.environ]:
         die(f'of {", ".join(names)} in the environment there is no {", ".join(missing)}: use torchrun')
     return *(int(os.environ[name]) for name in names[:3]), True
 

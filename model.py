@@ -577,6 +577,7 @@ class FELA(nn.Module):
         with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
             logits, _ = self.step(idx, state)
 
+        @torch.inference_mode()
         def step(token, _):
             idx.copy_(token)
             graph.replay()

@@ -168,7 +168,8 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=128, floor
     q, k, log_decay (B,H,T,K); v (B,H,T,V); state (B,H,K,V) fp32, None means zeros; floor <= log_decay <= 0.
     -> o (B,H,T,V) like v, the state after the last token. Matrix products are in the dtype of v; gates, sums
     and the state in fp32 (fp64 for fp64). A log_decay below floor acts as floor: e^-20 is below fp32
-    rounding, and who knows a higher bound may say so."""
+    rounding, and who knows a higher bound may say so. Chunks of more than 256 tokens (of 2 * 80 / -floor) act
+    as chunks of so many."""
     if k.shape != q.shape or log_decay.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError('expected q, k, log_decay (B,H,T,K) and v (B,H,T,V), '
                          f'got {[tuple(t.shape) for t in (q, k, log_decay, v)]}')

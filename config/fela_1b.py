@@ -9,7 +9,7 @@ n_embd = 2048
 n_head = 16
 gla_heads = 4  # the paper has 16: few, wide heads remember more
 n_modes = 512
-chunk_size = 512  # for a GPU; a CPU likes 128
+chunk_size = 256  # for a GPU
 mlp_hidden = 4416  # 24 * ((3.6875 + 3 * 2.156) * 2048^2) + 50304 * 2048 = 1.13e9
 block_size = 2048
 batch_tokens = 196_608  # 96 sequences of 2,048

@@ -69,7 +69,7 @@ def bits(model, windows):
 
 
 def build(knobs, hidden):
-    return FELA(FELAConfig(**{**dict(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_embd=args.n_embd, chunk_size=512,
+    return FELA(FELAConfig(**{**dict(vocab_size=tokenizer.vocab_size, n_layer=args.n_layer, n_embd=args.n_embd, chunk_size=256,
                                      n_head=max(1, args.n_embd // 64), mlp_hidden=hidden), **knobs}))
 
 

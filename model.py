@@ -188,8 +188,10 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=128, floor
 
 def gla_step(q, k, v, log_decay, S, *_):
     """The recurrence itself for one token, T = 1; advances S (B,H,K,V) in place"""
-    S.mul_(log_decay.exp().mT).addcmul_(k.to(S.dtype).mT, v.to(S.dtype))
-    return q.to(S.dtype) @ S, S
+    decay, (q, k, v) = log_decay.exp(), (t.to(S.dtype) for t in (q, k, v))
+    o = (q * decay) @ S + (q * k).sum(-1, keepdim=True) * v  # q times what S becomes
+    S.mul_(decay.mT).addcmul_(k.mT, v)
+    return o, S
 
 
 def gla_chunks(q, k, v, g, S, c, block):
@@ -235,7 +237,8 @@ def projections(width, *outputs):
 class Mixer(nn.Module):
     """What is asked of a mixer: `forward` over a sequence, `step` over one token (B,1,C), state in, state out
     (None: none is wanted), `init_state(batch_size)`, and what follows. A state is two tuples: tensors with a
-    row for each row of the batch, and the rest."""
+    row for each row of the batch, and the rest. `step` changes them in place and does not read what it wrote:
+    compiled, a kernel starts before the one before it has written."""
     filters = ()  # names of parameters of its own of two dimensions that are no matrices: no decay, no Muon
 
     def zeros(self, *shape, **options):
@@ -300,8 +303,10 @@ class FNOMixer(Mixer):
         (ring,), (pos, taps) = state
         ring.index_copy_(1, pos, u.to(ring.dtype))
         lag = (pos - torch.arange(len(taps), device=x.device)) % len(taps)  # how long ago a slot was written
+        inputs = torch.where(lag.unsqueeze(1) == 0, u, ring)  # u is not read back, see Mixer
+        y = (inputs * taps.index_select(0, lag)).sum(1, keepdim=True)
         pos.add_(1).remainder_(len(taps))
-        return self.out_proj((ring * taps.index_select(0, lag)).sum(1, keepdim=True) * F.silu(z)), state
+        return self.out_proj(y * F.silu(z)), state
 
 
 class GLAMixer(Mixer):
@@ -555,7 +560,7 @@ class FELA(nn.Module):
     def compile_blocks(self):
         """torch.compile by blocks, as layers of a kind share their code: forward, and step for decoding"""
         # the second: norms and gates are not computed again for each output of a product
-        options = {'coordinate_descent_tuning': True, 'realize_opcount_threshold': 8}
+        options = {'coordinate_descent_tuning': True, 'realize_opcount_threshold': 8, 'triton.enable_pdl': True}
         tuned = functools.partial(torch.compile, dynamic=False, options=options)
         self.logits = tuned(self.logits)
         if self.norm.weight.is_cuda:

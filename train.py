@@ -160,7 +160,7 @@ if ddp:
 # -- start, or go on from the newest checkpoint
 resume, shape = False, vars(FELAConfig()).keys() - {'chunk_size'}
 if master:
-    lock_folder(out_dir)
+    lock_folder(out_dir or die('out_dir is empty: expected a folder'))
     resume = bool(list_checkpoints(out_dir))
     if resume and (init_from == 'scratch' or init_from != 'auto' and not os.path.exists(init_from)):
         die(f'{init_from=}, but {out_dir} has checkpoints: --init_from=auto goes on, another --out_dir '

@@ -335,7 +335,8 @@ def test_bad_input(tmp_path, data):
     says('batch_tokens=100', '= 128', args=['--batch_tokens=100'])
     says('n_embd=15', 'gla_heads=2', args=['--n_embd=15'])
     says('outer_dtype', 'fp8', 'bf16', args=['--outer_dtype=fp8'])
-    says('outer_momentum', '1.5', args=['--outer_momentum=1.5'])
+    for knob in 'outer_momentum=1.5', 'seed=9223372036854775808', 'timeout=inf':
+        says(knob, 'expected', args=['--' + knob])
     says('run_name', '../x', args=['--run_name=../x'])
     says('would never end', args=['--max_rounds=0'])
     says('missing', 'prepare.py', first='--dataset=' + str(tmp_path / 'missing'))

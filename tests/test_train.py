@@ -308,11 +308,11 @@ def test_bad_input(tmp_path, data):
     for arg, words in {'--batch_tokens=1000': 'batch_tokens=1,000 = 128 1,024', '--n_embd=15': 'n_embd=15 gla_heads=2',
                        '--pattern=SXL': 'pattern SXL', '--schedule=linear': 'schedule linear cosine', '--beta2=1': 'beta2=1',
                        '--optimizer=sgd': 'optimizer sgd muon', '--device=tpu': 'device tpu', '--max_iters=0': 'would never end',
-                       '--micro_batch_size=0': 'micro_batch_size=0', '--warmup_iters=-1': 'warmup_iters=-1',
+                       '--micro_batch_size=0': 'micro_batch_size=0', '--warmup_iters=-1': 'warmup_iters=-1', '--seed=1e19': 'seed=1',
                        '--block_size=65536': 'block_size 65536', f'--dataset={tmp_path}/missing': 'missing prepare.py',
-                       '--init_from=nothing.pt': 'nothing', '--seed=9223372036854775808': 'seed', '--learning_rate=inf': 'rate=inf',
+                       '--init_from=nothing.pt': 'nothing', '--learning_rate=inf': 'rate=inf', '--out_dir=': 'out_dir is empty',
                        '--out_dir=file/out': 'file/out Not a directory',
-                       f'{REPO}/config/shakespeare.py': 'data/shakespeare prepare.py line 1 of a config file'}.items():
+                       f'{REPO}/config/shakespeare.py': 'data/shakespeare first prepare.py line 1 of a config file'}.items():
         first = [data] if 'shakespeare' not in arg else []  # that one as in a fresh clone
         line = fails(tmp_path, '--max_iters=2', '--batch_tokens=262144', *first, arg)
         assert all(word in line for word in words.split()), line

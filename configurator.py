@@ -97,8 +97,8 @@ def _comments(namespace):
 
 
 def require(config, **rules):
-    """End with one line unless every knob keeps its rule: 'a b c' (one of these words) or (least, most)."""
-    for key, rule in rules.items():
+    """Every knob must keep its rule: 'a b c' (one of these words), (least, most); other numbers 0 to 1e18."""
+    for key, rule in ({k: (0, 1e18) for k, n in config.items() if type(n) in (int, float)} | rules).items():
         words = isinstance(rule, str)
         if not (config[key] in rule.split() if words else rule[0] <= config[key] <= rule[1]):
             die(f'{key}={config[key]!r:.100}: expected {"one of " + rule if words else "%s to %s" % rule}')
@@ -106,12 +106,14 @@ def require(config, **rules):
 
 def find_ranks():
     """-> rank, local rank, number of ranks and whether there are several, from what torchrun sets"""
-    names = ['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT']
-    if not {'RANK', 'WORLD_SIZE'} & os.environ.keys():
+    found = {n: os.environ.get(n, '') for n in 'RANK LOCAL_RANK WORLD_SIZE MASTER_PORT MASTER_ADDR'.split()}
+    if not found['RANK'] + found['WORLD_SIZE']:
         return 0, 0, 1, False
-    if missing := [name for name in names if name not in os.environ]:
-        die(f'of {", ".join(names)} in the environment there is no {", ".join(missing)}: use torchrun')
-    return *(int(os.environ[name]) for name in names[:3]), True
+    with suppress(ValueError):
+        rank, local_rank, world, port = map(int, list(found.values())[:4])
+        if 0 <= rank < world > local_rank >= 0 < port < 65536 and found['MASTER_ADDR']:
+            return rank, local_rank, world, True
+    die(f'expected ranks below WORLD_SIZE, a port, an address, as torchrun sets them, but there is {found}')
 
 
 def pick_device(device, dtype, local_rank=0):
@@ -158,8 +160,7 @@ def lock_folder(folder):
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(lock, 20).decode(errors='replace')
-        raise BlockingIOError(f'{folder} is in use by process {holder}') from None
+        raise BlockingIOError(f"{folder} is in use by process {os.read(lock, 20).decode('latin')}") from None
     except (ImportError, OSError) as e:  # Windows, or a file system without locks
         print(f'warning: {folder} cannot be locked: {e}', file=sys.stderr)
     locks[folder] = lock

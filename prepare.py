@@ -25,7 +25,6 @@ import numpy as np
 
 from configurator import configure, die, lock_folder, locks, require, sha256_of, write_whole
 
-# ---- knobs
 dataset = ''          # its name; openwebtext and pysrc know their text ('': after its source, or openwebtext)
 data_files = ''       # files of text, json, jsonl or parquet, or folders of them, separated by commas
 roots = ''            # files or folders of plain text, whatever their names (pysrc: the library, no tests)
@@ -39,7 +38,6 @@ val_fraction = -1.0   # share held out (-1: 0.1 of data_files, 0.05 of roots, 0.
 seed = 2357           # which rows of json, jsonl, parquet and hub datasets are held out
 num_proc = 0          # threads that tokenize, and processes that load hub datasets (0: one for each core)
 out_dir = ''          # another folder than data/<dataset>
-
 _DEFAULTS = {k: v for k, v in globals().items() if k[0] != '_' and type(v) in (int, float, str, bool)}
 
 
@@ -138,7 +136,7 @@ def load_meta(data_dir):
     """meta.json, which carries its own sha256. It names no file: nothing in it leads out of its folder."""
     path, name = os.path.join(data_dir, 'meta.json'), os.path.basename(os.path.abspath(data_dir))
     if not os.path.isfile(path):
-        raise DataError(f'dataset {data_dir} is not there, or only half made: make it by `python prepare.py '
+        raise DataError(f'dataset {data_dir} is not there, or only half made: first `python prepare.py '
                         f'--dataset={name} --out_dir={data_dir}`, your own text with --data_files=FILES')
     with suppress(ValueError, KeyError, TypeError, RecursionError), open(path, 'rb') as file:
         meta = json.loads(file.read(1 << 20))
@@ -183,6 +181,8 @@ _NOT_TEXT = (rb'(?P<empty>\Z)|(?P<UTF16>\xff\xfe|\xfe\xff)|(?P<packed>\x28\xb5\x
 
 
 def _open(path):
+    if not os.path.isfile(path):  # a pipe is waited for, and cannot be read twice
+        raise OSError('no regular file, or an empty folder' if os.path.exists(path) else 'it is not there')
     module = {'.gz': 'gzip', '.bz2': 'bz2', '.xz': 'lzma'}.get(os.path.splitext(path.lower())[1])
     return import_module(module).open(path) if module else open(path, 'rb')
 
@@ -197,13 +197,14 @@ def _find(paths, suffixes, library):
         walk = sorted(os.walk(given), key=lambda folder: folder[0].split(os.sep))
         inside = [os.path.join(folder, name) for folder, _, names in walk for name in sorted(names)]
         for path in inside or [given]:
-            name, why = os.path.relpath(path, given if inside else os.path.dirname(given)), 'unreadable'
-            if inside and (hidden.search(name) or not name.endswith(suffixes) or not os.path.isfile(path)):
-                why = 'hidden or of another kind'
-            else:
-                with suppress(OSError, EOFError), _open(path) as file:
-                    match = unfit.match(file.read(4096))
-                    why = match.lastgroup if match and (inside or match.lastgroup != 'binary') else ''
+            name = os.path.relpath(path, given if inside else os.path.dirname(given))
+            why = 'hidden or of another kind'
+            try:
+                if not inside or not hidden.search(name) and name.endswith(suffixes):
+                    with _open(path) as file:
+                        why = getattr(unfit.match(file.read(4096)), 'lastgroup', '')
+            except Exception as e:  # whatever the libraries for these formats raise
+                why = 'unreadable' if inside else e
             if why not in ('', 'empty') and not inside:
                 raise DataError(f'{path!r} ({why}): expected a folder or UTF-8 text: convert or unpack it')
             if not why and found.setdefault(sha256_of(path), (path, name))[0] != path:
@@ -239,8 +240,8 @@ def _texts(rows, column, where):
             yield _utf8(text) if isinstance(text, str) else memoryview(text)
     except Exception as e:  # whatever the libraries for these formats raise
         found = f'pip install {e.name}' if isinstance(e, ImportError) else f'{e!r:.200}, {row!r:.200}'
-        raise DataError(f'{where}, near row {number}: expected json or parquet with text in column '
-                        f'{column!r}, or --roots={where} for plain text: {found}') from None
+        raise DataError(f'{where}, near row {number}: {found}: expected json or parquet with text in column '
+                        f'{column!r}, or --roots= in place of --data_files= for plain text') from None
 
 
 def _split(documents, config, names=()):
@@ -332,8 +333,7 @@ def make_from(documents, out_dir, tokenizer, recipe, separate=True, num_proc=0):
                 os.remove(os.path.join(out_dir, 'meta.json'))
             for split in splits:
                 os.replace(os.path.join(new, split), os.path.join(out_dir, f'{split}.bin'))
-            text = json.dumps(meta, indent=1).encode()
-            write_whole(os.path.join(out_dir, 'meta.json'), lambda file: file.write(text))
+            write_whole(f'{out_dir}/meta.json', lambda file: file.write(json.dumps(meta, indent=1).encode()))
         for split, info in meta['splits'].items():
             print(f'{out_dir}/{split}.bin: {info["tokens"]:,} tokens of {info["bytes"]:,} bytes of text')
         return meta
@@ -371,7 +371,7 @@ def _pieces(documents, limit=900_000):
 
 if __name__ == '__main__':
     config = configure(globals())
-    require(config, num_proc=(0, 1 << 10), seed=(0, 1 << 62))
+    require(config, num_proc=(0, 1 << 10), val_fraction=(-1, 1))
     try:
         make(config)
     except (DataError, OSError) as e:

@@ -39,8 +39,8 @@ config = configure(globals())
 globals().update(config)
 # -----------------------------------------------------------------------------------------------------------
 
-require(config, num_samples=(1, 1e6), max_new_tokens=(1, 1e15), temperature=(0, 1e6), top_k=(0, 1e15),
-        top_p=(1e-9, 1), dtype='auto float32 bfloat16 float16')
+require(config, num_samples=(1, 1e6), max_new_tokens=(1, 1e15), top_p=(1e-9, 1),
+        dtype='auto float32 bfloat16 float16')
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly
 if hasattr(signal, 'SIGPIPE'):  # so does a reader that has seen enough
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -52,7 +52,7 @@ with suppress(ValueError):  # no JSON: a text
 
 def one_line(kind, error, trace):
     if isinstance(error, (CheckpointError, DataError, OSError)):
-        die(error if os.path.exists(out_dir) else f'{error}; train a model with `python train.py`')
+        die(error if os.path.exists(out_dir) else f'{error} ({out_dir=}); train one with `python train.py`')
     if isinstance(error, RuntimeError):  # weights that are not finite, a device without memory
         die(f'{out_dir} on {device}: {error!s:.200}', 1)
     sys.__excepthook__(kind, error, trace)

@@ -96,7 +96,7 @@ def log(line):
 def one_line(kind, error, trace):
     """What a user, a disk or a device can cause ends in one line, not in a traceback."""
     if isinstance(error, (CheckpointError, DataError, OSError)):
-        die(f'{error}{"; line 1 of a config file has the command" if isinstance(error, DataError) else ""}')
+        die(f'{error}{"; line 1 of a config file has the commands" if isinstance(error, DataError) else ""}')
     if isinstance(error, ImportError):
         die(f'{error}: pip install it')
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
@@ -127,7 +127,6 @@ def progress():
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 sys.excepthook = one_line
-require(config, **{key: (0, math.inf) for key, value in config.items() if not isinstance(value, str)})
 require(config, **dict.fromkeys('block_size batch_tokens micro_batch_size log_interval'.split(), (1, 1e15)),
         decay_frac=(0, 1), min_lr_frac=(0, 1), beta1=(0, 0.99999), beta2=(0, 0.99999), compile='auto on off',
         optimizer='adamw muon', schedule='cosine wsd constant', dtype='auto float32 bfloat16 float16')
@@ -161,10 +160,11 @@ if ddp:
 # -- start, or go on from the newest checkpoint
 resume, shape = False, vars(FELAConfig()).keys() - {'chunk_size'}
 if master:
-    lock_folder(out_dir)
+    lock_folder(out_dir or die('out_dir is empty: expected a folder'))
     resume = bool(list_checkpoints(out_dir))
-    if resume and init_from == 'scratch':
-        die(f'{out_dir} has checkpoints: --init_from=auto goes on, another --out_dir leaves them alone')
+    if resume and (init_from == 'scratch' or init_from != 'auto' and not os.path.exists(init_from)):
+        die(f'{init_from=}, but {out_dir} has checkpoints: --init_from=auto goes on, another --out_dir '
+            'leaves them alone')
 if ddp:  # rank 0 decides: one that does not see the folder must not start anew beside others that go on
     resume, theirs = broadcast_json([resume, config], device)
     refuse_other(theirs, sorted(config.keys() - {'dataset', 'device', 'out_dir'}), 'rank 0')

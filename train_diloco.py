@@ -130,9 +130,8 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
     signal.signal(number, on_signal)
 
 # -- check the knobs
-require(config, **{key: (0, math.inf) for key, value in config.items() if not isinstance(value, str)})
 positive = 'block_size H batch_tokens micro_batch_size snapshot_rounds upload_rounds timeout'.split()
-require(config, **dict.fromkeys(positive, (1, math.inf)), outer_momentum=(0, 1), outer_dtype='fp32 bf16',
+require(config, **dict.fromkeys(positive, (1, 1e9)), outer_momentum=(0, 1), outer_dtype='fp32 bf16',
         optimizer='adamw muon', schedule='cosine wsd constant', dtype='auto float32 bfloat16')
 if not (max_tokens or max_rounds):
     leave('max_tokens and max_rounds are both 0: the run would never end')

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import configurator
-from configurator import configure, die, lock_folder, pick_device, require
+from configurator import configure, die, find_ranks, lock_folder, pick_device, require
 from runs import REPO, Run
 
 SCRIPT = '''"""Toy script."""
@@ -116,11 +116,16 @@ def test_as_a_script(script):
     assert 'py-modules = []' in Path(REPO, 'pyproject.toml').read_text()
 
 
-def test_die_and_require(capsys):
+def test_die_require_and_ranks(capsys, monkeypatch):
     assert refused(capsys, die, 'two\nlines \x1b[2J \ud800') == 'error: two lines \\x1b[2J \\ud800\n'
     assert "k='x': expected one of a b" in refused(capsys, lambda: require({'k': 'x'}, k='a b'))
     assert 'k=3: expected 0 to 2' in refused(capsys, lambda: require({'k': 3}, k=(0, 2)))
-    require({'k': 'a', 'n': 2}, k='a b', n=(0, 2))
+    require({'k': 'a', 'n': 2, 'm': 1 << 59, 'b': True, 'f': -1.0}, k='a b', n=(0, 2), f=(-1, 1))
+    assert all('expected 0 to 1e+18' in refused(capsys, require, {'k': n}) for n in (1 << 63, -1, float('inf')))
+    ranks = dict(RANK='2', LOCAL_RANK='0', WORLD_SIZE='3', MASTER_ADDR='x', MASTER_PORT='1')
+    for pair in 'RANK=x RANK=3 RANK=-1 RANK= WORLD_SIZE=0 LOCAL_RANK= MASTER_PORT=99999 MASTER_PORT=p MASTER_ADDR='.split():
+        monkeypatch.setattr(os, 'environ', ranks | dict([pair.split('=')]))
+        assert pair.replace('=', "': '") in refused(capsys, find_ranks)
     assert "device='tpu': expected auto, " in refused(capsys, pick_device, 'tpu', 'auto')
     assert pick_device('cpu', 'bfloat16') == ('cpu', 'bfloat16', 'as asked')
 

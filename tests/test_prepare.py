@@ -141,8 +141,8 @@ def test_folders_are_split_by_file_and_what_is_left_out_is_said(tmp_path, capsys
     assert documents(folder) == sorted([*texts.values(), 'packed text '])
     said = capsys.readouterr().out
     for line in ("repeated: 1 files, such as '*/05/x5.c'", "binary: 1 files, such as '*/program.c'", "UTF16: 1 files, ",
-                 "empty: 1 files, such as '*/nothing.c'", 'packed: 4 files, such as ', 'hidden or of another kind: 3 files, ',
-                 "unreadable: 1 files, such as '*/bad.c.gz'", 'taken: 61 files, '):
+                 "empty: 1 files, such as '*/nothing.c'", 'packed: 4 files, such as ', 'hidden or of another kind: 2 files, ',
+                 "unreadable: 2 files, such as '*/bad.c.gz', '*/pipe.c'", 'taken: 61 files, '):
         assert line.replace('*', str(src)) in said, (line, said)
     held = set(documents(folder, 'val'))
     write(src / 'new.c', 'new')                                                # a new file moves few others across
@@ -205,9 +205,9 @@ def test_rows_of_other_columns_and_kinds(tmp_path):
     write(tmp_path / 'd' / 'a.jsonl', '{"text": "one", "n": 1}\n{"text": null}\n\n')
     write(tmp_path / 'd' / 'b.jsonl', '\ufeff{"m": [], "text": "two"}\r\n')
     write(tmp_path / 'd' / 'c.txt', 'three')
-    odd = write(tmp_path / 'odd.bin', bytes(range(256)))                       # taken as it is where it is named
+    odd = write(tmp_path / 'odd.bin', bytes(range(1, 256)))                    # taken as it is where it is named
     folder = make(tmp_path, data_files=f'{tmp_path}/d,{odd}', val_fraction=0.5)[1]
-    assert sorted(read_bytes(folder, 'train') + read_bytes(folder, 'val')) == sorted(b'onetwothree' + bytes(range(256)))
+    assert sorted(read_bytes(folder, 'train') + read_bytes(folder, 'val')) == sorted(b'onetwothree' + bytes(range(1, 256)))
 
 
 def test_local_copy_of_a_hub_dataset(gpt2, tmp_path, monkeypatch):
@@ -298,24 +298,26 @@ def test_what_does_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    ('--dataset=books', ["'books'", '--data_files=']), ('--data_files=nowhere.txt', ['nowhere.txt', 'expected a folder or']),
+    ('--dataset=books', ["'books'", '--data_files=']), ('--data_files=nowhere.txt', ['nowhere.txt', 'not there']),
     ('--data_files=empty.txt', ['0 bytes of text']), ('--data_files=tiny.txt', ['0 bytes of text in train']),
     ('--data_files=x.txt --roots=.', ['use one of']), ('--roots=. --suffixes=.zig', ['0 bytes of text']),
     ('--dataset=pysrc --tokenizer=gpt5', ['gpt5', 'bytes or gpt2']), ('--dataset=pysrc --num_proc=-1', ['num_proc']),
     ('--data_files=x.txt --val_fraction=1', ['val_fraction']), ('--dataset=pysrc --sed=1', ['did you mean seed?']),
     ('--data_files=utf16.txt', ['utf16.txt', 'UTF16', 'convert']), ('--data_files=x.zip', ['packed', 'unpack']),
     ('--data_files=x.tar.gz', ['packed', 'unpack']), ('--data_files=x.txt.zst', ['packed', 'unpack']),
-    ('--data_files=cut.gz', ['cut.gz, near row 0']), ('--data_files=bad.gz', ['bad.gz', 'unreadable']),
+    ('--data_files=cut.gz', ['cut.gz, near row 0: EOFError']), ('--data_files=bad.xz', ['bad.xz', 'Input format']),
     ('--data_files=bad.parquet', ['bad.parquet, near row 0']), ('--tokenizer=bytes', ['Skylion007/openwebtext']),
-    ('--data_files=x.csv', ['x.csv', 'expected json or parquet', '--roots=x.csv for plain text']),
+    ('--data_files=x.csv', ['x.csv', 'expected json or parquet', '--roots= in place']),
+    ('--data_files=pipe', ['pipe', 'no regular file']), ('--data_files=le.txt', ['binary', 'convert']),
     ('--data_files=x.txt --tokenizer=gpt2', ['TIKTOKEN_CACHE_DIR'])])
 def test_mistakes(tmp_path, args, words):
-    packed = gzip.compress(random.Random(0).randbytes(9000))
+    packed = gzip.compress(random.Random(0).randbytes(9000).hex().encode())
     for name, text in {'x.txt': 'text ' * 9, 'empty.txt': '', 'tiny.txt': 'a', 'utf16.txt': 'text'.encode('utf-16'),
                        'x.zip': b'PK\3\4\0', 'x.txt.zst': b'\x28\xb5\x2f\xfdabc', 'cut.gz': packed[:-1000],
-                       'x.tar.gz': gzip.compress(bytes(257) + b'ustar'), 'bad.gz': b'text', 'bad.parquet': 'text',
-                       'x.csv': 'n,text\n1,some text\n'}.items():
+                       'x.tar.gz': gzip.compress(bytes(257) + b'ustar'), 'bad.xz': b'text', 'bad.parquet': 'text',
+                       'x.csv': 'n,text\n1,some text\n', 'le.txt': 'text'.encode('utf-16-le')}.items():
         write(tmp_path / name, text)
+    os.mkfifo(tmp_path / 'pipe')
     line = run(tmp_path, *args.split(), code=2)
     assert all(word in line for word in words), line
     assert not [name for _, _, names in os.walk(tmp_path / 'data') for name in names if name != 'lock']

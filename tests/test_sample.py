@@ -123,5 +123,5 @@ def test_bad_input(folder, tmp_path):
     for arg, words in {'--prompt=': 'empty', '--prompt=-': 'empty', '--prompt_file=/dev/null': 'empty', '--start=x': 'see prompt',
                        '--prompt_file=nope': 'No such file', '--top_p=2': 'top_p=2', '--temperature=-1': 'temperature=-1',
                        '--num_samples=0': 'num_samples=0', '--max_tokens=0': 'max_new_tokens', '--dtype=int8': 'dtype',
-                       '--device=tpu': 'device'}.items():
+                       '--device=tpu': 'device', '--seed=1e19': 'seed=1'}.items():
         assert words in fails(tmp_path, f'--out_dir={folder}/out', arg, script='sample.py')

@@ -4,8 +4,8 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
+from itertools import takewhile
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +19,9 @@ from prepare import get_tokenizer
 from runs import Run, fails, make_data, train
 
 KNOBS = configure(vars(ev), [])
+SPEED = ['--suite=speed', '--repetitions=2', '--lengths=32,64', '--batches=1,2', '--out=speed']
+QUICK = ['--suite=longctx,needle', '--contexts=16,32', '--blocks=2', '--block_tokens=8', '--needle_lengths=150',
+         '--needle_depths=0.5', '--needle_seeds=2']
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +82,19 @@ class Unigram:
         return self.log_weights.expand(len(h), -1)
 
 
-def lm(model, tokenizer):
+def lm(run):
     pytest.importorskip('lm_eval')
-    ev.lm(SimpleNamespace(model=model, tokenizer=tokenizer))
+    ev.lm(run)
     return read(os.path.join(ev.out, 'lm_eval_results.json'))
+
+
+def adapter(run):
+    pytest.importorskip('lm_eval')
+    return ev.lm_adapter(run.model, run.tokenizer)
+
+
+def requests(*args):
+    return [SimpleNamespace(args=a) for a in args]
 
 
 def test_known_scores_of_a_unigram_model(gpt2, shared, knobs, capsys):
@@ -92,7 +104,7 @@ def test_known_scores_of_a_unigram_model(gpt2, shared, knobs, capsys):
     kinds, names = np.unique(counts, return_inverse=True)  # an add-one model wants to know no more of a token than its count
     tokenizer = SimpleNamespace(name='gpt2', eot=len(kinds), encode=lambda text: names[gpt2.encode(text)].tolist())
     knobs(task_data=shared('lm_eval'), batch_size=64)
-    found = lm(Unigram([*kinds, counts.sum() - kinds.sum()]), tokenizer)
+    found = lm(SimpleNamespace(model=Unigram([*kinds, counts.sum() - kinds.sum()]), tokenizer=tokenizer))
     results, majority = found['results'], {row['task']: row.get('majority') for row in found['table']}
     assert found['config']['left_out'] == ['hellaswag'] and 'hellaswag*.jsonl' in capsys.readouterr().out
     assert round(results['wikitext']['word_perplexity'], 4) == 25415.2275
@@ -100,11 +112,6 @@ def test_known_scores_of_a_unigram_model(gpt2, shared, knobs, capsys):
     assert {task: round(results[task]['acc'], 4) for task in ('arc_easy', 'boolq', 'piqa', 'winogrande')} == {
         'arc_easy': 0.2605, 'boolq': 0.3783, 'piqa': 0.5201, 'winogrande': 0.4957}
     assert [round(results[task]['acc_norm'], 4) for task in ('piqa', 'arc_easy')] == [0.5016, 0.2609]
-
-
-def requests(*args):
-    pytest.importorskip('lm_eval')
-    return [SimpleNamespace(args=a) for a in args]
 
 
 def straight(run):
@@ -138,7 +145,7 @@ def test_log_likelihoods_are_those_of_a_plain_adapter(tiny, knobs):
                      (' \n ', 'xy'), ('a', 'b' * 40), ('x' * 50, 'yes'))
     for size, longest in ((1, 20), (4, 100), (64, 0)):
         knobs(batch_size=size, max_length=longest)
-        lm = ev.lm_adapter(tiny.model, tiny.tokenizer)
+        lm = adapter(tiny)
         assert np.allclose(lm.loglikelihood(asked), straight(tiny).loglikelihood(asked), atol=1e-3)
         texts = requests((text,), ('short',), ('',), (text * 2,))
         assert np.allclose(lm.loglikelihood_rolling(texts), straight(tiny).loglikelihood_rolling(texts), rtol=1e-5)
@@ -150,33 +157,51 @@ def test_generation_is_the_models_own_and_options_are_lm_evals(tiny, knobs):
 
     def made(options, size=16, some=prompts):
         knobs(batch_size=size)
-        return ev.lm_adapter(tiny.model, tiny.tokenizer).generate_until(requests(*((text, options) for text in some)))
+        return adapter(tiny).generate_until(requests(*((text, options) for text in some)))
+
+    def own(some=prompts, **options):
+        ids = [torch.tensor([tiny.tokenizer.encode(text) or [256]]) for text in some]
+        tokens = (takewhile(lambda t: t != 256, map(int, tiny.model.stream(idx, 12, **options))) for idx in ids)
+        return [tiny.tokenizer.decode([*row]) for row in tokens]
     greedy = made({'until': [], 'max_gen_toks': 12})
-    for text, found in zip(prompts, greedy):
-        ids = torch.tensor([tiny.tokenizer.encode(text) or [256]])
-        expected = tiny.model.generate(ids, 12, temperature=0)[0, ids.shape[1]:].tolist()
-        assert found == tiny.tokenizer.decode(expected[:expected.index(256)] if 256 in expected else expected)
     stop = next(text for text in greedy if len(text) > 4)[3]
+    assert greedy == own(temperature=0) and made({'max_gen_toks': 0}) == [''] * len(prompts)
     assert made({'until': stop, 'max_new_tokens': 12}) == [text.split(stop)[0] for text in greedy]
     for options in ({'until': ['']}, {'until': None}, {'do_sample': False, 'temperature': 0.7}, {'temperature': 2.0, 'top_k': 1}):
         assert made({'max_new_tokens': 12, **options}) == greedy
-    assert made({'max_gen_toks': 0}) == [''] * len(prompts)
-    for options in ({'temperature': 1.0}, {'do_sample': True}, {'temperature': 3.0, 'top_p': 0.9}):
+    for options in ({'temperature': 1.0}, {'temperature': 3.0, 'top_p': 0.9}, {'temperature': 2.0, 'top_k': 3}):
         draws = made({'max_gen_toks': 12, **options}, 1, ['x'] * 6)
-        assert len(set(draws)) > 3 and draws == made({'max_gen_toks': 12, **options}, 4, ['x'] * 6)
+        assert len(set(draws)) > 3 and draws == own(['x'] * 6, **options, generator=torch.manual_seed(ev.seed))
+        assert draws == made({'max_gen_toks': 12, 'do_sample': True, **options}, 4, ['x'] * 6)
+    knobs(max_length=16)
+    assert made({'max_gen_toks': 12}, some=['x' * 9 + 'class']) == made({'max_gen_toks': 12}, some=['lass'])
+    with pytest.raises(ValueError, match='max_length=16'):
+        made({'max_gen_toks': 16})
+
+
+def test_a_task_that_generates(tiny, knobs, tmp_path):
+    """Two of three answers are those that the model gives."""
+    asked = requests(*((f'Question: {i}?\nAnswer:', {'until': ['\n', '.', ',']}) for i in range(3)))
+    answers = [[text.strip()] for text in adapter(tiny).generate_until(asked)[:2]] + [['another']]
+    rows = [json.dumps({'question': f'{i}', 'answer': {'value': '', 'aliases': a}}) for i, a in enumerate(answers)]
+    (tmp_path / 'triviaqa.jsonl').write_text('\n'.join(rows))
+    knobs(tasks='triviaqa', task_data=str(tmp_path))
+    [row] = lm(tiny)['table']
+    assert row == {'task': 'triviaqa', 'documents': 3, 'metric': 'exact_match,remove_whitespace', 'value': 2 / 3}
 
 
 @pytest.mark.parametrize('pattern, name', [('A', 'bytes'), ('SSSL', 'gpt2')])
 def test_the_six_tasks_are_those_of_a_plain_adapter(pattern, name, gpt2, shared, knobs, tmp_path, monkeypatch):
-    data = shutil.copytree(shared('lm_eval'), tmp_path / 'data')
     document = {'activity_label': 'Cooking', 'ctx_a': 'A man cuts bread.', 'ctx_b': 'he', 'label': '2', 'ind': 0,
                 'endings': ['eats it [step] now.', 'runs.', 'puts it on a plate.', 'sleeps.']}
-    (data / 'hellaswag.jsonl').write_text(json.dumps(document) + '\n')
+    (tmp_path / 'hellaswag.jsonl').write_text(json.dumps(document))
+    for file in os.listdir(shared('lm_eval')):
+        os.symlink(os.path.abspath(shared('lm_eval', file)), tmp_path / file)
     run = small(pattern, 261 if name == 'bytes' else 50257, name)
-    knobs(task_data=str(data), limit=3, max_length=300)
-    found = lm(run.model, run.tokenizer)['results']
+    knobs(task_data=str(tmp_path), limit=3, max_length=300)
+    found = lm(run)['results']
     monkeypatch.setattr(ev, 'lm_adapter', lambda *args: straight(run))
-    for task, scores in lm(run.model, run.tokenizer)['results'].items():
+    for task, scores in lm(run)['results'].items():
         for key, value in scores.items():  # a perplexity is the exponential of a sum
             same = found[task][key] / value if value else 1.0
             assert abs(math.log(same)) < 0.02 if 'perplexity' in key else abs(same - 1) < 1e-4, (task, key)
@@ -232,9 +257,8 @@ def test_make_passkey(tmp_path):
         assert len(document) < 256 or ev._NEEDLE.format(*keys) in document
 
 
-def test_speed_keeps_finished_cells(checkpoint):
-    args = ['--suite=speed', '--repetitions=2', '--lengths=32,64', '--batches=1,2', '--out=speed']
-    evaluate(checkpoint, *args, '--plots=False')
+def test_speed_keeps_finished_cells_whatever_commands_they_are_of(checkpoint):
+    evaluate(checkpoint, *SPEED, '--plots=False')
     folder, first = checkpoint / 'speed', read(checkpoint / 'speed' / 'meta.json')['speed']
     throughput, wall, vram = (read(folder / f'{name}.csv') for name in ('throughput', 'wallclock', 'vram'))
     assert len(throughput) == len(wall) == len(vram) == 3 * 2 * 2 * 2 and {row['status'] for row in wall} == {'ok'}
@@ -243,10 +267,13 @@ def test_speed_keeps_finished_cells(checkpoint):
     assert held['A', '64', '2'] == 2 * 2 * 64 * 32 * 4 * 4  # k and v, rows, tokens, channels, layers, bytes
     assert held['FELA', '64', '1'] == held['FELA', '32', '1']
     assert all((row['floor_seconds'] != '') == (row['kind'] == 'decode') for row in throughput)
-    (folder / 'meta.json').write_text(json.dumps({'speed': first | {'cells': first['table'][:-2]}}))  # interrupted
-    evaluate(checkpoint, *args)
-    table = read(folder / 'meta.json')['speed']['table']
-    assert table[:-2] == first['table'][:-2] and table[-1]['seconds'] != first['table'][-1]['seconds']
+    (folder / 'meta.json').write_text(json.dumps({'speed': first | {'cells': first['cells'][:-2]}}))  # interrupted
+    evaluate(checkpoint, *SPEED)
+    evaluate(checkpoint, *SPEED, '--kinds=recompute,decode', '--lengths=64', '--batches=2')
+    now = read(folder / 'meta.json')['speed']
+    assert [cell for cell in now['cells'] if cell['kind'] != 'recompute'][:-2] == first['cells'][:-2]
+    assert now['cells'][-1]['seconds'] != first['cells'][-1]['seconds'] and len(now['command'].splitlines()) == 3
+    assert len(now['table']) == len(read(folder / 'vram.csv')) == 26 and now['command'].splitlines()[2] in (folder / 'README.md').read_text()
     assert os.path.getsize(folder / 'speed.png') > 5000 and len(os.listdir(folder)) == 6
 
 
@@ -257,14 +284,17 @@ def test_speed_without_a_checkpoint_and_what_does_not_fit(tmp_path, knobs, monke
     def call(cell, shape, real=ev.speed_call):
         if cell['arm'] == 'A' and cell['kind'] == 'prefill':
             raise RuntimeError("can't allocate memory") if cell['length'] == 64 else ValueError('a\nb')
-        return real(cell, shape)
+        if (cell['arm'], cell['kind'], cell['length']) != ('FELA', 'decode', 64):
+            return real(cell, shape)
+        return lambda first=[1]: first.pop() if first else torch.empty(1 << 60)  # its repetitions do not fit
     monkeypatch.setattr(ev, 'speed_call', call)
     monkeypatch.setattr(FELA, 'compile_blocks', lambda self: None)
-    ev.speed(None, [], lambda cells: None)
-    found = {(r['kind'], r['arm'], r['length']): (r['status'], r['mode']) for r in read(tmp_path / 'throughput.csv')}
-    assert found['prefill', 'FELA', '64'] == found['decode', 'FELA', '16'] == ('ok', 'compiled')
-    assert found['prefill', 'A', '64'][0] == 'out of memory' and found['prefill', 'A', '16'][0] == 'ValueError: a b'
-    assert found['decode', 'A', '64'] == ('ok', 'compiled')
+    *_, result = ev.speed(None, [])
+    found = {(row['kind'], row['arm'], row['length']): row for row in read(tmp_path / 'throughput.csv')}
+    assert found['prefill', 'FELA', '64']['status'] == found['decode', 'A', '64']['status'] == 'ok'
+    assert found['prefill', 'A', '64']['status'] == found['decode', 'FELA', '64']['status'] == 'out of memory'
+    assert found['prefill', 'A', '16']['status'] == 'ValueError: a b' and found['decode', 'FELA', '64']['seconds'] == ''
+    assert 'times_as_long' not in result['table'][-1] and len(result['cells']) == 8
 
 
 def test_interpret_of_known_filters_and_gates(knobs, tmp_path):
@@ -284,10 +314,6 @@ def test_interpret_of_known_filters_and_gates(knobs, tmp_path):
     assert math.isclose(table[4]['lens_bits_per_token'], loss / math.log(2), rel_tol=1e-4)
     shares = [row['committed'] for row in table]
     assert shares == sorted(shares) and shares[-1] == 1 and os.path.getsize(tmp_path / 'interpret.png') > 5000
-
-
-QUICK = ['--suite=longctx,needle', '--contexts=16,32', '--blocks=2', '--block_tokens=8', '--needle_lengths=150',
-         '--needle_depths=0.5', '--needle_seeds=2']
 
 
 def test_finished_suites_stay_and_the_page_shows_all(checkpoint):
@@ -320,8 +346,8 @@ def test_bad_input_is_one_line_and_a_folder_that_holds_something_else_is_left_al
              (f'--suite=longctx --text_file={tmp_path}/short.txt --contexts=64,512 --blocks=2', '600 tokens', '--contexts=64'),
              (f'--suite=longctx --text_file={tmp_path}/latin.txt', 'latin.txt', 'UTF-8'),
              (f'--suite=needle --haystack={tmp_path}/nothere.txt', 'nothere.txt'), ('--suite=needle --needle_depths=2', 'depths'),
-             ('--suite=speed --arms=FELA,B', 'FELA,B'), ('--suite=speed --repetitions=0', 'repetitions=0'),
-             ('--suite=lm --task_data=nowhere', 'no such folder'),
+             ('--suite=speed --arms=FELA,B', 'FELA,B'), ('--suite=speed --lengths=64,0', 'lengths', '64,0', '1'),
+             ('--suite=lm --task_data=nowhere', 'nowhere', 'no file there'),
              (f'--suite=lm --tasks=boolq --task_data={tmp_path}', 'line 2', "'question'"),
              (f'--suite=lm --tasks=piqa --task_data={tmp_path}', 'line 1', 'piqa.jsonl')]
     for args, *words in cases:
@@ -333,5 +359,5 @@ def test_bad_input_is_one_line_and_a_folder_that_holds_something_else_is_left_al
 
 def test_help_lists_knobs_and_nothing_else(checkpoint):
     shown, used = re.findall(r'^  --(\w+)=', evaluate(checkpoint, '--help').out, re.M), ' '.join(ev.SUITES.values()).split()
-    others = 'checkpoint suite out overwrite plots seed device dtype batch_size make_passkey'.split()
+    others = 'checkpoint suite out overwrite plots seed device dtype batch_size make_passkey kinds arms compile lengths batches'.split()
     assert len(shown) == len(set(shown)) and set(shown) == {*used, *others}

@@ -114,9 +114,10 @@ def picture(name, *panels):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    fig = plt.figure(figsize=(4.8 * len(panels), 3.8), layout='constrained')
+    rows, columns = -(-len(panels) // 3), min(len(panels), 3)
+    fig = plt.figure(figsize=(4.8 * columns, 3.8 * rows), layout='constrained')
     for i, (data, options) in enumerate(panels, 1):
-        ax = fig.add_subplot(1, len(panels), i)
+        ax = fig.add_subplot(rows, columns, i)
         for (label, (x, y, *band)), marker in zip(data.items(), 'osD^vP*X' * 9):
             if np.ndim(x) == 2:
                 fig.colorbar(ax.imshow(x, vmin=y, vmax=band[0], cmap='Wistia', aspect='auto'), label=label)
@@ -130,7 +131,7 @@ def picture(name, *panels):
         ax.set(**options)
         if 'xscale' in options:  # a tick at every length
             ticks = sorted({n for x, *_ in data.values() for n in x})
-            ax.set_xticks(ticks, [f'{n / 1024:.3g}K' if n >= 1024 else n for n in ticks])
+            ax.set_xticks(ticks, [f'{n / 1024:.4g}K' if n >= 1024 else n for n in ticks])
         ax.set_xticks([], minor=True)
     fig.savefig(os.path.join(out, name), dpi=120)
     plt.close(fig)
@@ -500,8 +501,7 @@ def speed(run, cells):
         knobs = configure(dict(knobs, __file__=path), [model_config]) | {'vocab_size': vocab_size}
         shape = {f.name: knobs[f.name] for f in fields(FELAConfig) if f.name in knobs}
     a = torch.ones(1 << (30 if device.startswith('cuda') else 27), device=device)
-    bandwidth = a.nbytes / min(timed(a.sum) for _ in range(6))
-    del a
+    bandwidth, a = a.nbytes / min(timed(a.sum) for _ in range(6)), None
     for c, k, b, n in product(compile.split(','), kinds.split(','), numbers('batches'), numbers('lengths')):
         now, panels = [dict(kind=k, length=n, batch=b, compile=c, arm=arm) for arm in names], {}
         known = [cell for cell in cells if any(new.items() <= cell.items() for new in now)]
@@ -512,12 +512,12 @@ def speed(run, cells):
         cells = [cell for cell in cells if cell not in known] + now
         cells.sort(key=lambda cell: [cell[key] for key in order.split()])
         for cell in cells:
-            label = f'{cell["arm"]}, compile {cell["compile"]}, rows: {cell["batch"]}'
-            x, y = panels.setdefault(cell['kind'], {}).setdefault(label, ([], []))
+            lines = panels.setdefault(f'{cell["kind"]}, compile {cell["compile"]}', {})
+            x, y = lines.setdefault(f'{cell["arm"]}, rows: {cell["batch"]}', ([], []))
             x.append(cell['length'])
             y.append(cell.get('tokens_per_second', math.nan))
         axis = {'xscale': 'log', 'xlabel': 'length (tokens, K = 1,024)', 'ylabel': 'tokens per second'}
-        parts = [(lines, axis | {'title': kind, 'ylim': (0, None)}) for kind, lines in panels.items()]
+        parts = [(lines, axis | {'title': title, 'yscale': 'log'}) for title, lines in panels.items()]
         ids = 'kind length batch compile arm status '
         write_csv('throughput.csv', cells, ids + 'tokens_per_second seconds q1 q3 repetitions floor_seconds')
         write_csv('wallclock.csv', cells, ids + 'seconds times_as_long first_call_seconds')

@@ -57,7 +57,7 @@ needle_depths = '0,0.25,0.5,0.75,1'  # where the passkey stands; 0: at the start
 needle_seeds = 20  # prompts of a cell
 haystack = ''  # a text file to hide the passkey in ('': a few sentences over and over)
 make_passkey = ''  # write a dataset of passkey text to this folder, and end
-# speed
+# speed; rows of earlier commands in the folder stay, of one shape, dtype, machine and model.py
 model_config = ''  # a config of train.py: its shape instead of a checkpoint's
 vocab_size = 50257  # with model_config
 kinds = 'train,prefill,decode'  # what is timed; recompute: train with checkpoint_activations
@@ -109,7 +109,7 @@ def numbers(knob, kind=int, least=1):
 def picture(name, *panels):
     """Panels of (data, options of axes.set) -> [name of the PNG]. Data: lines {label: (x, y)} or
     {label: (x, y, low, high)}, or an image {label of its colours: (array, lowest, highest)}"""
-    if not plots:
+    if not plots or not panels:
         return []
     import matplotlib
     matplotlib.use('Agg')
@@ -511,11 +511,11 @@ def speed(run, cells):
         print(k, n, b, c, [(cell['arm'], cell['status'], cell.get('seconds')) for cell in now], flush=True)
         cells = [cell for cell in cells if cell not in known] + now
         cells.sort(key=lambda cell: [cell[key] for key in order.split()])
-        for cell in cells:
+        for cell in [cell for cell in cells if 'seconds' in cell]:
             lines = panels.setdefault(f'{cell["kind"]}, compile {cell["compile"]}', {})
             x, y = lines.setdefault(f'{cell["arm"]}, rows: {cell["batch"]}', ([], []))
             x.append(cell['length'])
-            y.append(cell.get('tokens_per_second', math.nan))
+            y.append(cell['tokens_per_second'])
         axis = {'xscale': 'log', 'xlabel': 'length (tokens, K = 1,024)', 'ylabel': 'tokens per second'}
         parts = [(lines, axis | {'title': title, 'yscale': 'log'}) for title, lines in panels.items()]
         ids = 'kind length batch compile arm status '

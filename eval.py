@@ -490,8 +490,8 @@ def speed(run, cells):
     """Arms take turns in one process, the first call apart; median and quartiles. train: forward, backward,
     clip, AdamW; fp32 weights, autocast. prefill: weights in dtype, logits of the last position. decode:
     greedy steps after really reading so many tokens, A with a KV cache of fixed size; on CUDA each is one
-    graph, and filters in bf16 are compiled always. times_as_long: as the first arm. floor: bytes of weights
-    and state over the measured bandwidth. peak: above rest, by CUDA's allocator; left out on a CPU."""
+    graph, and filters in bf16 are compiled always. times_as_long: as the first arm. held: state or KV cache;
+    floor: it and the weights over the measured bandwidth. peak: above rest; left out where CUDA is not."""
     names, shape, order = arms.split(','), vars(run.model.config) if run else {}, 'kind compile batch length'
     if model_config:
         path, knobs = os.path.join(_HERE, 'train.py'), {}

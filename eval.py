@@ -10,24 +10,25 @@ The same command again goes on where it was interrupted. The folder of the resul
 table, picture and protocol, and meta.json with the checkpoint's sha256, commit, hardware, versions and knobs.
 """
 import ast
+import gc
 import glob
 import json
 import logging
 import math
 import os
-import re
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from dataclasses import fields
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import configure, die, pick_device, require, write_whole
+from configurator import configure, die, pick_device, require, sha256_of, write_whole
 from model import FELA, CheckpointError, FELAConfig, load_model, repeat_state
 from prepare import DataError, TokenData, ensure_pysrc, get_tokenizer
 
@@ -56,10 +57,10 @@ needle_depths = '0,0.25,0.5,0.75,1'  # where the passkey stands; 0: at the start
 needle_seeds = 20  # prompts of a cell
 haystack = ''  # a text file to hide the passkey in ('': a few sentences over and over)
 make_passkey = ''  # write a dataset of passkey text to this folder, and end
-# speed
+# speed; rows of earlier commands in the folder stay, of one shape, dtype, machine and model.py
 model_config = ''  # a config of train.py: its shape instead of a checkpoint's
 vocab_size = 50257  # with model_config
-kinds = 'train,prefill,decode'  # what is timed
+kinds = 'train,prefill,decode'  # what is timed; recompute: train with checkpoint_activations
 arms = 'FELA,A'  # FELA: the pattern as it is; others are patterns, A: softmax attention in every layer
 compile = 'off'  # off, on or off,on: torch.compile
 lengths = '256,1024,4096,16384'  # tokens in a sequence; decode: read before
@@ -67,10 +68,9 @@ batches = '1'  # sequences at once
 repetitions = 5  # of every timing; median and quartiles are kept
 max_cell_seconds = 10.0  # repetitions end after this time
 
-SUITES = {  # and the knobs that change their results
-    'lm': 'tasks task_data limit max_length', 'longctx': 'text_file contexts blocks block_tokens',
-    'needle': 'needle_lengths needle_depths needle_seeds haystack', 'interpret': 'text_file',
-    'speed': 'model_config vocab_size kinds arms compile lengths batches repetitions max_cell_seconds'}
+SUITES = {'lm': 'tasks task_data limit max_length', 'longctx': 'text_file contexts blocks block_tokens',
+          'needle': 'needle_lengths needle_depths needle_seeds haystack', 'interpret': 'text_file',
+          'speed': 'model_config vocab_size repetitions max_cell_seconds'}  # and what changes their results
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _FILLER = 'The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. '
 _NEEDLE = 'The pass key is {0}. Remember it. {0} is the pass key. '
@@ -99,23 +99,25 @@ def table_lines(rows):
     return ['| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines]
 
 
-def numbers(text, kind=int):
-    if not re.fullmatch(r'\d+(\.\d+)?(,\d+(\.\d+)?)*', text):
-        die(f'{text!r}: expected numbers of at least 0, separated by commas')
-    return [kind(float(part)) for part in text.split(',')]
+def numbers(knob, kind=int, least=1):
+    with suppress(ValueError):
+        if min(found := [kind(part) for part in globals()[knob].split(',')]) >= least:
+            return found
+    die(f'{knob}={globals()[knob]!r}: expected numbers of at least {least}, separated by commas')
 
 
 def picture(name, *panels):
     """Panels of (data, options of axes.set) -> [name of the PNG]. Data: lines {label: (x, y)} or
     {label: (x, y, low, high)}, or an image {label of its colours: (array, lowest, highest)}"""
-    if not plots:
+    if not plots or not panels:
         return []
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    fig = plt.figure(figsize=(4.8 * len(panels), 3.8), layout='constrained')
+    rows, columns = -(-len(panels) // 3), min(len(panels), 3)
+    fig = plt.figure(figsize=(4.8 * columns, 3.8 * rows), layout='constrained')
     for i, (data, options) in enumerate(panels, 1):
-        ax = fig.add_subplot(1, len(panels), i)
+        ax = fig.add_subplot(rows, columns, i)
         for (label, (x, y, *band)), marker in zip(data.items(), 'osD^vP*X' * 9):
             if np.ndim(x) == 2:
                 fig.colorbar(ax.imshow(x, vmin=y, vmax=band[0], cmap='Wistia', aspect='auto'), label=label)
@@ -127,6 +129,9 @@ def picture(name, *panels):
                 ax.grid(alpha=0.25)
                 ax.legend(frameon=False)
         ax.set(**options)
+        if 'xscale' in options:  # a tick at every length
+            ticks = sorted({n for x, *_ in data.values() for n in x})
+            ax.set_xticks(ticks, [f'{n / 1024:.4g}K' if n >= 1024 else n for n in ticks])
         ax.set_xticks([], minor=True)
     fig.savefig(os.path.join(out, name), dpi=120)
     plt.close(fig)
@@ -227,7 +232,9 @@ def lm_adapter(model, tokenizer):
             return [generate(row.args[0], **normalize_gen_kwargs(row.args[1])) for row in rows]
 
     def generate(text, until, max_gen_toks, do_sample, temperature=1.0, top_k=0, top_p=1.0):
-        made, prompt = [], tokenizer.encode(text)[-max(1, longest - max_gen_toks):] or [tokenizer.eot]
+        if max_gen_toks >= longest:
+            raise ValueError(f'max_gen_toks={max_gen_toks}: expected less than max_length={max_length}')
+        made, prompt = [], tokenizer.encode(text)[max_gen_toks - longest:] or [tokenizer.eot]
         with autocast():
             for token in model.stream(
                     torch.tensor([prompt], device=device), max_gen_toks, top_k=top_k, top_p=top_p,
@@ -248,11 +255,11 @@ def local_task(task):
     if not found:
         return print(f'left out, for lack of {task}*.jsonl: {task}')
     for i, line in enumerate(read_text(found[0]).splitlines() or [''], 1):
-        missing = ['JSON object']
+        wanted, missing = FIELDS.get(task, ''), ['JSON object']
         with suppress(ValueError, TypeError):
-            missing = set(FIELDS.get(task, '').split()) - dict(json.loads(line)).keys()
+            missing = set(wanted.split()) - dict(json.loads(line)).keys()
         if missing:
-            die(f'{found[0]}, line {i}: no {missing.pop()!r}; expected an object with {FIELDS.get(task)}')
+            die(f'{found[0]}, line {i}: no {missing.pop()!r}; expected {wanted or "an object"}')
     return {'task': task, 'dataset_path': 'json', 'dataset_name': None, 'training_split': None,
             'test_split': None, 'validation_split': 'v', 'dataset_kwargs': {'data_files': {'v': found[0]}}}
 
@@ -274,16 +281,16 @@ def lm(run):
         if len(left_out) == len(local):
             die(f'task_data={task_data!r}: no file there for {tasks}, as boolq.jsonl for boolq')
     try:
-        loaded = lm_eval.simple_evaluate(
+        got = lm_eval.simple_evaluate(
             lm_adapter(run.model, run.tokenizer), tasks=members, limit=limit or None, bootstrap_iters=0,
             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed)
     except Exception as e:  # whatever a task, its data or the hub leads it to
         hint = '' if task_data else '; without the hub, --task_data=DIR takes local files'
         die(f'lm-eval: {type(e).__name__}: {" ".join(str(e).split())[:160]}{hint}', 1)
-    for task, samples in loaded['samples'].items():
-        scores = {k.removesuffix(',none'): v for k, v in loaded['results'][task].items() if type(v) is float}
+    for task, samples in got['samples'].items():
+        scores = {k.removesuffix(',none'): v for k, v in got['results'][task].items() if isinstance(v, float)}
         metric = {'wikitext': 'word_perplexity', 'hellaswag': 'acc_norm'}.get(task) or next(iter(scores))
-        results[task], n, value = scores, len(samples), scores[metric]
+        results[task], n, value = scores, got['n-samples'][task]['effective'], scores[metric]
         rows.append({'task': task, 'documents': n, 'metric': metric, 'value': value})
         if task in FIELDS and 'acc' in scores:
             labels = [sample['doc'][FIELDS[task].split()[-1]] for sample in samples]
@@ -302,7 +309,7 @@ def longctx(run):
     """Blocks of targets, spread over a text; the same at every context. The model reads exactly the context,
     from a fresh state, then the block with its true tokens. 95% intervals: 10,000 paired bootstrap draws.
     The paper: 1.78 bits per byte at 256, 1.49 at 32K (1.13B parameters, WikiText-103)."""
-    (tokens, source), sizes, need = text_tokens(run), sorted(set(numbers(contexts))), block_tokens * blocks
+    (tokens, source), sizes, need = text_tokens(run), sorted(set(numbers('contexts'))), block_tokens * blocks
     if sizes[0] < 2 or len(tokens) < sizes[-1] + need:
         fit = ','.join(str(c) for c in sizes if 2 <= c <= len(tokens) - need)
         die(f'{source} has {len(tokens):,} tokens; contexts={contexts!r} and {blocks} x {block_tokens} need '
@@ -329,8 +336,7 @@ def longctx(run):
             low, high = np.quantile(values[1:], (0.025, 0.975)).tolist()
             rows[-1] |= {key: values[0].item(), f'{key}_low': low, f'{key}_high': high}
     write_csv('longctx_bpb.csv', rows, ' '.join(rows[0]))
-    ticks, panels = [f'{c / 1024:.3g}K' for c in sizes], []
-    axis = {'xscale': 'log', 'xticks': sizes, 'xticklabels': ticks, 'xlabel': 'context (tokens, K = 1,024)'}
+    panels, axis = [], {'xscale': 'log', 'xlabel': 'context (tokens, K = 1,024)'}
     for key, label in (('bpb', 'bits per byte'), ('change', f'bits per byte - those after {base:,} tokens')):
         line = sizes, *([row[key + end] for row in rows] for end in ('', '_low', '_high'))
         panels.append(({f'trained with {run.block_size:,} tokens': line}, axis | {'ylabel': label}))
@@ -353,8 +359,8 @@ def passkey_prompt(tokenizer, hay, length, depth, rng, needle=True):
 def needle(run):
     """A five-digit passkey in repeated sentences, or in a text: the share of prompts where greedy decoding
     says all its digits, by depth (0: at the start). control: the same questions, where nothing tells it."""
-    tok, sizes, depths = run.tokenizer, sorted(set(numbers(needle_lengths))), numbers(needle_depths, float)
-    hay = tok.encode(read_text(haystack) if haystack else _FILLER)
+    tok, sizes = run.tokenizer, sorted(set(numbers('needle_lengths')))
+    depths, hay = numbers('needle_depths', float, 0), tok.encode(read_text(haystack) if haystack else _FILLER)
     least = len(tok.encode(_NEEDLE + _QUESTION)) + 8
     if sizes[0] < least or max(depths) > 1 or not hay:
         die(f'needle_lengths={needle_lengths!r}, needle_depths={needle_depths!r}, haystack={haystack!r}: '
@@ -408,24 +414,22 @@ def write_passkeys():
 
 # -- speed: train, prefill and decode, FELA beside softmax attention of the same shape
 def speed_call(cell, shape):
-    """-> what is timed, a function without arguments; the cell learns how it runs and how much it holds"""
+    """-> what is timed, a function without arguments; the cell learns how much it holds"""
     torch.manual_seed(seed)
     with torch.device(device):
         model = FELA(FELAConfig(**shape | ({} if cell['arm'] == 'FELA' else {'pattern': cell['arm']})))
         x, y = torch.randint(shape['vocab_size'], (2, cell['batch'], cell['length']))
-    [optimizer], state = model.configure_optimizers('adamw', 1e-4), []
-    if cell['kind'] != 'train':
+    [optimizer], state, kind = model.configure_optimizers('adamw', 1e-4), [], cell['kind']
+    model.checkpoint_activations = kind == 'recompute'
+    if kind in ('prefill', 'decode'):
         model.to(getattr(torch, dtype)).requires_grad_(False)
         state = repeat_state(model.prefill(x[:1])[1], len(x))
-    cell |= {'mode': 'compiled' if cell['compile'] == 'on' else 'eager',
-             'weight_bytes': sum(p.nbytes for p in model.parameters()),
+    cell |= {'weight_bytes': sum(p.nbytes for p in model.parameters()),
              'held_bytes': sum(t.nbytes for layer in state for t in sum(layer, ()) if torch.is_tensor(t))}
-    state = model.make_room(state, _STEPS * (repetitions + 3))
-    if cell['mode'] == 'compiled':
+    state = model.make_room(state, _STEPS * (repetitions + 3)) if kind == 'decode' else []
+    if cell['compile'] == 'on':
         model.compile_blocks()
-    token, step = x[:, 0].clone(), model.step
-    if cell['kind'] == 'decode' and device.startswith('cuda'):
-        step, cell['mode'] = model.capture_step(token, state), f'{cell["mode"]} CUDA graph'
+    token, step = x[:, 0].clone(), None if device.startswith('cuda') else model.step
     def train():
         with autocast():
             _, loss = model(x, y)
@@ -434,13 +438,13 @@ def speed_call(cell, shape):
         optimizer.step()
         optimizer.zero_grad()
 
-    @torch.inference_mode()
     def decode():
-        nonlocal state
+        nonlocal state, step
+        step = step or model.capture_step(token, state)
         for _ in range(_STEPS):
             logits, state = step(token, state)
             token.copy_(logits.argmax(-1))
-    return {'train': train, 'prefill': lambda: model.prefill(x), 'decode': decode}[cell['kind']]
+    return {'prefill': lambda: model.prefill(x), 'decode': decode}.get(kind, train)
 
 
 def timed(call):
@@ -454,40 +458,41 @@ def timed(call):
 
 def measure(cells, shape, bandwidth):
     """The cells of one case, an arm each: first calls, which compile, then repetitions in turn"""
-    calls, cuda, base = [], device.startswith('cuda'), None
+    calls, times, cuda = {}, [[] for _ in cells], device.startswith('cuda')
     torch.compiler.reset()
-    for cell in cells:
-        try:
-            call = speed_call(cell, shape)
-            cell |= {'first_call_seconds': timed(call), 'status': 'ok'}
-            calls.append((cell, call, []))
-        except Exception as e:  # a row as well
-            reason = ' '.join(str(e).replace(',', ';').split())[:120]
-            full = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in reason
-            cell['status'] = 'out of memory' if full else f'{type(e).__name__}: {reason}'
-    for cell, call, times in calls * repetitions:
-        if sum(times) < max_cell_seconds:
-            rest = torch.cuda.memory_allocated() if cuda else 0
-            torch.cuda.reset_peak_memory_stats() if cuda else None
-            times.append(timed(call))
-            cell |= {'peak_bytes': torch.cuda.max_memory_allocated() - rest} if cuda else {}
-    for cell, _, times in calls:
-        tokens, steps = (1, _STEPS) if cell['kind'] == 'decode' else (cell['length'], 1)
-        low, seconds, high = (np.quantile(times, (0.25, 0.5, 0.75)) / steps).tolist()
-        base = base or seconds
-        cell |= {'tokens_per_second': cell['batch'] * tokens / seconds, 'seconds_q1': low, 'seconds': seconds,
-                 'seconds_q3': high, 'repetitions': len(times), 'times_as_long': seconds / base}
-        if steps > 1:
-            cell['floor_seconds'] = (cell['weight_bytes'] + cell['held_bytes']) / bandwidth
+    for turn in range(1 + repetitions):
+        for i, cell in enumerate(cells):
+            try:
+                if turn == 0:
+                    gc.collect()  # compiled models hold themselves in cycles
+                    calls[i] = speed_call(cell, shape)
+                    cell |= {'first_call_seconds': timed(calls[i]), 'status': 'ok'}
+                elif i in calls and sum(times[i]) < max_cell_seconds:
+                    rest = torch.cuda.memory_allocated() if cuda else 0
+                    torch.cuda.reset_peak_memory_stats() if cuda else None
+                    times[i].append(timed(calls[i]))
+                    cell |= {'peak_bytes': torch.cuda.max_memory_allocated() - rest} if cuda else {}
+            except Exception as e:  # a row as well
+                calls.pop(i, None)
+                reason = ' '.join(str(e).replace(',', ';').split())[:120]
+                full = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in reason
+                cell['status'] = 'out of memory' if full else f'{type(e).__name__}: {reason}'
+    for i, cell in [(i, cells[i]) for i in calls]:
+        tokens, n = (1, _STEPS) if cell['kind'] == 'decode' else (cell['length'], 1)
+        q1, seconds, q3 = (np.quantile(times[i], (0.25, 0.5, 0.75)) / n).tolist()
+        cell |= {'tokens_per_second': cell['batch'] * tokens / seconds, 'seconds': seconds, 'q1': q1,
+                 'q3': q3, 'repetitions': len(times[i])}
+        cell |= {'times_as_long': seconds / cells[0]['seconds']} if 0 in calls else {}
+        cell |= {'floor_seconds': (cell['weight_bytes'] + cell['held_bytes']) / bandwidth} if n > 1 else {}
 
 
-def speed(run, cells, keep):
+def speed(run, cells):
     """Arms take turns in one process, the first call apart; median and quartiles. train: forward, backward,
     clip, AdamW; fp32 weights, autocast. prefill: weights in dtype, logits of the last position. decode:
-    greedy steps after really reading so many tokens, A with a KV cache of fixed size. times_as_long: as
-    the first arm. floor: bytes of weights and state over the measured bandwidth. held: state or KV cache.
-    peak: above what is held at rest, by the allocator of CUDA; on a CPU it is left out."""
-    names, panels, shape = arms.split(','), {}, vars(run.model.config) if run else {}
+    greedy steps after really reading so many tokens, A with a KV cache of fixed size; on CUDA each is one
+    graph, and filters in bf16 are compiled always. times_as_long: as the first arm. held: state or KV cache;
+    floor: it and the weights over the measured bandwidth. peak: above rest; left out where CUDA is not."""
+    names, shape, order = arms.split(','), vars(run.model.config) if run else {}, 'kind compile batch length'
     if model_config:
         path, knobs = os.path.join(_HERE, 'train.py'), {}
         for node in ast.parse(read_text(path)).body:
@@ -496,32 +501,30 @@ def speed(run, cells, keep):
         knobs = configure(dict(knobs, __file__=path), [model_config]) | {'vocab_size': vocab_size}
         shape = {f.name: knobs[f.name] for f in fields(FELAConfig) if f.name in knobs}
     a = torch.ones(1 << (30 if device.startswith('cuda') else 27), device=device)
-    bandwidth = a.nbytes / min(timed(a.sum) for _ in range(6))
-    del a
-    cases = [{'kind': kind, 'length': n, 'batch': b, 'compile': c} for c in compile.split(',')
-             for kind in kinds.split(',') for b in numbers(batches) for n in numbers(lengths)]
-    for case in cases[len(cells) // len(names):]:  # those before were measured before an interruption
-        now = [case | {'arm': arm} for arm in names]
+    bandwidth, a = a.nbytes / min(timed(a.sum) for _ in range(6)), None
+    for c, k, b, n in product(compile.split(','), kinds.split(','), numbers('batches'), numbers('lengths')):
+        now, panels = [dict(kind=k, length=n, batch=b, compile=c, arm=arm) for arm in names], {}
+        known = [cell for cell in cells if any(new.items() <= cell.items() for new in now)]
+        if len(known) == len(now):
+            continue
         measure(now, shape, bandwidth)
-        keep(cells := cells + now)
-        print(case, [(cell['arm'], cell['status'], cell.get('seconds')) for cell in now], flush=True)
-    for cell in cells:
-        label = f'{cell["arm"]}, {cell.get("mode")}, rows: {cell["batch"]}'
-        x, y = panels.setdefault(cell['kind'], {}).setdefault(label, ([], []))
-        x.append(cell['length'])
-        y.append(cell.get('tokens_per_second', math.nan))
-    axis = {'xscale': 'log', 'xticks': numbers(lengths), 'xticklabels': numbers(lengths), 'ylim': (0, None)}
-    panels = [(lines, axis | {'xlabel': f'{kind}: length (tokens)', 'ylabel': 'tokens per second'})
-              for kind, lines in panels.items()]
-    what = 'kind length batch compile arm mode status '
-    rate = 'tokens_per_second seconds_q1 seconds seconds_q3 repetitions floor_seconds'
-    write_csv('throughput.csv', cells, what + rate)
-    write_csv('wallclock.csv', cells, what + 'seconds times_as_long first_call_seconds')
-    write_csv('vram.csv', cells, what + 'weight_bytes held_bytes peak_bytes')
-    keys = f'{what}tokens_per_second seconds times_as_long floor_seconds held_bytes peak_bytes'.split()
-    table = [{key: cell[key] for key in keys if key in cell} for cell in cells]
-    note = f'{bandwidth / 1e9:.1f} GB/s; {shape}'
-    return {'table': table, 'pictures': picture('speed.png', *panels), 'note': note}
+        print(k, n, b, c, [(cell['arm'], cell['status'], cell.get('seconds')) for cell in now], flush=True)
+        cells = [cell for cell in cells if cell not in known] + now
+        cells.sort(key=lambda cell: [cell[key] for key in order.split()])
+        for cell in [cell for cell in cells if 'seconds' in cell]:
+            lines = panels.setdefault(f'{cell["kind"]}, compile {cell["compile"]}', {})
+            x, y = lines.setdefault(f'{cell["arm"]}, rows: {cell["batch"]}', ([], []))
+            x.append(cell['length'])
+            y.append(cell['tokens_per_second'])
+        axis = {'xscale': 'log', 'xlabel': 'length (tokens, K = 1,024)', 'ylabel': 'tokens per second'}
+        parts = [(lines, axis | {'title': title, 'yscale': 'log'}) for title, lines in panels.items()]
+        ids = 'kind length batch compile arm status '
+        write_csv('throughput.csv', cells, ids + 'tokens_per_second seconds q1 q3 repetitions floor_seconds')
+        write_csv('wallclock.csv', cells, ids + 'seconds times_as_long first_call_seconds')
+        write_csv('vram.csv', cells, ids + 'weight_bytes held_bytes peak_bytes')
+        keys = f'{ids}tokens_per_second seconds times_as_long floor_seconds held_bytes peak_bytes'.split()
+        yield {'table': [{key: cell[key] for key in keys if key in cell} for cell in cells], 'cells': cells,
+               'pictures': picture('speed.png', *parts), 'note': f'{bandwidth / 1e9:.1f} GB/s; {shape}'}
 
 
 # -- interpret: filters, gates, logit lens
@@ -571,13 +574,13 @@ def page(meta):
         lines += ['', f'## {name}', '', *table_lines(record['table']), '']
         lines += [f'![{picture}]({picture})' for picture in record['pictures']] + ['', record['protocol'], '']
         lines += ['{note}; {source}; {hardware}; torch {torch}; {dtype}; {commit}; {date}'.format(**record)]
-        lines += ['', f'    {record["command"]}']
+        lines += ['', *(f'    {command}' for command in record['command'].split('\n'))]
     return '\n'.join(lines) + '\n'
 
 
 def main():
     global device, dtype, out
-    words = {'suite': 'all ' + ' '.join(SUITES), 'kinds': 'train prefill decode', 'compile': 'off on'}
+    words = dict(suite=' '.join(['all', *SUITES]), kinds='train recompute prefill decode', compile='off on')
     for key, word in [(key, word) for key in words for word in globals()[key].split(',')]:
         require({key: word}, **{key: words[key]})
     if '' in arms.split(',') or set(arms.replace('FELA', '')) - set('SLA,'):
@@ -587,8 +590,6 @@ def main():
         counts, (1, 1 << 60)), **dict.fromkeys(('limit', 'max_length', 'seed'), (0, 1 << 60)))
     device, dtype, _ = pick_device(device, dtype)
     names = list(SUITES) if suite == 'all' else suite.split(',')
-    if 'lm' in names and task_data and not os.path.isdir(task_data):
-        die(f'task_data={task_data!r}: no such folder')
     if plots:
         import matplotlib  # noqa: F401
     run, source, folder = None, model_config, model_config.removesuffix('.py')
@@ -607,8 +608,9 @@ def main():
     meta, machine, commit = {}, 'unknown', 'unknown'
     try:
         if set(os.listdir(out)) - {'unfinished.tmp'}:
-            page(meta := json.loads(read_text(os.path.join(out, 'meta.json'))))
-    except (ValueError, LookupError, TypeError, AttributeError):
+            with open(os.path.join(out, 'meta.json'), encoding='utf-8') as file:
+                page(meta := json.load(file))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         die(f'{out} holds something else than results of this eval.py: expected another --out')
     write('meta.json', meta)  # from here on the folder is ours
     with suppress(OSError, subprocess.CalledProcessError):
@@ -617,7 +619,7 @@ def main():
     with suppress(OSError, StopIteration), open('/proc/cpuinfo') as file:
         machine = next(line.partition(': ')[2].strip() for line in file if line.startswith('model name'))
     machine = torch.cuda.get_device_name() if device.startswith('cuda') else machine
-    where = {'hardware': machine, 'torch': torch.__version__, 'commit': commit}
+    where = {'hardware': machine, 'torch': torch.__version__, 'model.py': sha256_of(f'{_HERE}/model.py')}
 
     def keep(record):
         meta[name] = record
@@ -625,21 +627,20 @@ def main():
         write('README.md', page(meta))
     for name in names:
         knobs = {k: globals()[k] for k in SUITES[name].split()}
-        key = json.dumps([source, seed, dtype, knobs, where if name == 'speed' else None])
-        old = {} if overwrite else meta.get(name, {})
+        hashes = [sha256_of(v) for v in knobs.values() if os.path.isfile(str(v))]
+        key = json.dumps([source, seed, dtype, knobs, hashes, where if name == 'speed' else None])
+        old = {} if overwrite or meta.get(name, {}).get('key') != key else meta[name]
+        command = ' '.join(['python eval.py', *sys.argv[1:]])
+        commands = '\n'.join(dict.fromkeys([*old.get('command', command).split('\n'), command]))
+        record = {'key': key, 'source': source, 'command': commands, 'dtype': dtype, 'knobs': knobs, **where,
+                  'commit': commit, 'date': time.strftime('%Y-%m-%d'),
+                  'protocol': ' '.join(globals()[name].__doc__.split())}
         print(f'\n-- {name}', flush=True)
-        if old.get('key') == key and 'cells' not in old:
+        if old and name != 'speed':
             print('done before with this checkpoint and these knobs (--overwrite=True measures again)')
         else:
-            record = {'key': key, 'source': source, 'command': ' '.join(['python eval.py', *sys.argv[1:]]),
-                      'dtype': dtype, 'knobs': knobs, 'date': time.strftime('%Y-%m-%d'), **where,
-                      'table': [{'status': 'unfinished'}], 'pictures': [], 'note': '',
-                      'protocol': ' '.join(globals()[name].__doc__.split())}
-            if name == 'speed':
-                cells = old['cells'] if old.get('key') == key else []
-                keep(record | speed(run, cells, lambda cells: keep(record | {'cells': cells})))
-            else:
-                keep(record | globals()[name](run))
+            for result in speed(run, old.get('cells', [])) if name == 'speed' else [globals()[name](run)]:
+                keep(record | result)
         print('\n'.join([*table_lines(meta[name]['table']), meta[name]['protocol']]))
 
 

@@ -577,9 +577,9 @@ class FELA(nn.Module):
     def capture_step(self, idx, state):
         """step(idx, state) as one CUDA graph, some 300 kernels started at once, with its own copy of state"""
         idx, state = idx.clone(), repeat_state(state, 1)
+        torch.cuda.synchronize(idx.device)  # another stream does not wait for these
         with torch.cuda.stream(torch.cuda.Stream(idx.device)):  # warm up where nothing is captured
             self.step(idx, repeat_state(state, 1))
-        torch.cuda.synchronize(idx.device)
         with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
             logits, _ = self.step(idx, state)
 

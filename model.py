@@ -559,8 +559,10 @@ class FELA(nn.Module):
 
     def compile_blocks(self):
         """torch.compile by blocks, as layers of a kind share their code: forward, and step for decoding"""
-        # the second: norms and gates are not computed again for each output of a product
-        options = {'coordinate_descent_tuning': True, 'realize_opcount_threshold': 8, 'triton.enable_pdl': True}
+        # products of one row by reductions, norms not computed again for each of their outputs, and kernels
+        # that start while the one before them ends
+        options = {'coordinate_descent_tuning': True, 'realize_opcount_threshold': 8,
+                   'triton.enable_pdl': True}
         tuned = functools.partial(torch.compile, dynamic=False, options=options)
         self.logits = tuned(self.logits)
         if self.norm.weight.is_cuda:
@@ -576,10 +578,11 @@ class FELA(nn.Module):
     @torch.inference_mode()
     def capture_step(self, idx, state):
         """step(idx, state) as one CUDA graph, some 300 kernels started at once, with its own copy of state"""
-        idx, state = idx.clone(), repeat_state(state, 1)
-        torch.cuda.synchronize(idx.device)  # another stream does not wait for these
+        idx = idx.clone()
+        torch.cuda.synchronize(idx.device)  # another stream does not wait for idx and state
         with torch.cuda.stream(torch.cuda.Stream(idx.device)):  # warm up where nothing is captured
             self.step(idx, repeat_state(state, 1))
+        state = repeat_state(state, 1)
         with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
             logits, _ = self.step(idx, state)
 

@@ -260,7 +260,8 @@ class Mixer(nn.Module):
 class FNOMixer(Mixer):
     """S: y = FIR(u) * silu(z). Taps are learned numbers times a fixed exponential window for each channel,
     whose time constants run from one token to M, plus a direct path at lag 0.
-    State: ring (B,M,C), the last M inputs; pos (1,), slot of the oldest, the next to go; taps (M,C)."""
+    State: ring (B,M,C), the last M inputs; pos (1,), slot of the oldest, the next to go; the tap at lag 0 (1,C)
+    and the others (M,C), 0 in its place."""
     filters = ('taps',)
 
     def __init__(self, config):
@@ -286,26 +287,26 @@ class FNOMixer(Mixer):
 
     def init_state(self, batch_size):
         ring = self.zeros(batch_size, *self.taps.shape)
-        return (ring,), (self.zeros(1, dtype=torch.long), self.effective_taps().detach().to(ring.dtype))
+        first, others = self.effective_taps().detach().to(ring.dtype).split((1, len(self.taps) - 1))
+        return (ring,), (self.zeros(1, dtype=torch.long), first.clone(), F.pad(others, (0, 0, 1, 0)))
 
     def forward(self, x, state=None):
         u, z = self.in_proj(x).chunk(2, -1)  # (B,T,C)
         past, M = None, len(self.taps)
         if state:
-            (ring,), (pos, taps) = state
+            (ring,), (pos, *taps) = state
             past = ring[:, (pos + torch.arange(M, device=x.device)) % M]  # oldest first
             ring = torch.cat((past, u), 1)[:, -M:].to(ring.dtype, copy=True)  # a view would keep all of u
-            past, state = past[:, 1:], ((ring,), (torch.zeros_like(pos), taps))
+            past, state = past[:, 1:], ((ring,), (torch.zeros_like(pos), *taps))
         return self.out_proj(causal_fir(u, self.effective_taps(), past) * F.silu(z)), state
 
     def step(self, x, state):
         u, z = self.in_proj(x).chunk(2, -1)  # (B,1,C)
-        (ring,), (pos, taps) = state
+        (ring,), (pos, first, others) = state
         ring.index_copy_(1, pos, u.to(ring.dtype))
-        lag = (pos - torch.arange(len(taps), device=x.device)) % len(taps)  # how long ago a slot was written
-        inputs = torch.where(lag.unsqueeze(1) == 0, u, ring)  # u is not read back, see Mixer
-        y = (inputs * taps.index_select(0, lag)).sum(1, keepdim=True)
-        pos.add_(1).remainder_(len(taps))
+        lag = (pos - torch.arange(len(others), device=x.device)) % len(others)  # how long ago a slot was written
+        y = (ring * others.index_select(0, lag)).sum(1, keepdim=True) + first * u
+        pos.add_(1).remainder_(len(others))
         return self.out_proj(y * F.silu(z)), state
 
 
@@ -528,7 +529,12 @@ class FELA(nn.Module):
         nats): reduction 'mean' over the targets, or 'none' for the loss of each token (B,T)."""
         if reduction not in ('mean', 'none'):
             raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'none'")
-        x, _ = self.hidden(self.embedding(idx))
+        segment = idx.shape[1] if idx.is_cuda else self.segment(idx)
+        parts, state = [], self.init_state(len(idx)) if segment < idx.shape[1] else None
+        for part in idx.split(segment, 1):
+            x, state = self.hidden(self.embedding(part), state)
+            parts.append(x)
+        x = torch.cat(parts, 1)
         if targets is None:
             return self.logits(x), None
         rows = 8192 if x.is_cuda else 2048  # at once, as logits are large; all are kept if a few GB hold them
@@ -537,6 +543,11 @@ class FELA(nn.Module):
         loss = torch.cat([losses(*part) for part in parts]).view_as(targets)
         return None, loss if reduction == 'none' else loss.sum() / (targets >= 0).sum().clamp(min=1)
 
+    def segment(self, idx):
+        """Tokens of each row that pass all layers together, for a CPU's cache and the memory of a prefill"""
+        few = max((16384 if idx.is_cuda else 2048) // len(idx), self.config.n_modes)
+        return idx.shape[1] if self.attention else few
+
     def init_state(self, batch_size):
         """The state before the first token, by layer; of fixed size, but for A. S keeps its taps in it"""
         return [block.mixer.init_state(batch_size) for block in self.blocks]
@@ -544,9 +555,8 @@ class FELA(nn.Module):
     @torch.inference_mode()
     def prefill(self, idx, state=None):
         """idx (B,T) -> (logits of the last token (B,vocab), state). In segments, so memory does not grow"""
-        (B, T), state = idx.shape, state or self.init_state(len(idx))
-        segment = T if self.attention else max((16384 if idx.is_cuda else 2048) // B, self.config.n_modes)
-        for part in idx.split(segment, 1):
+        state = state or self.init_state(len(idx))
+        for part in idx.split(self.segment(idx), 1):
             x, state = self.hidden(self.embedding(part), state)
         return self.logits(x[:, -1]), state
 

@@ -86,8 +86,8 @@ def say(line, *files):
 def leave(message, code=2, retry=False):
     """End this worker with one line. Unless a retry may help, torchrun is told not to start it again."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if local_rank and not retry:
-        time.sleep(10)  # worker 0 of this machine says it first, and torchrun ends this one
+    if local_rank and not retry:  # worker 0 of this machine says it first, and torchrun ends this one
+        os._exit(code) if stopped else time.sleep(10)
     with suppress(SystemExit, OSError):
         die(' '.join(str(message).split()))
     if torchrun and not retry:

@@ -260,8 +260,8 @@ class Mixer(nn.Module):
 class FNOMixer(Mixer):
     """S: y = FIR(u) * silu(z). Taps are learned numbers times a fixed exponential window for each channel,
     whose time constants run from one token to M, plus a direct path at lag 0.
-    State: ring (B,M,C), the last M inputs; pos (1,), slot of the oldest, the next to go; the tap at lag 0 (1,C)
-    and the others (M,C), 0 in its place."""
+    State: ring (B,M,C), the last M inputs; pos (1,), slot of the oldest, the next to go; the tap at lag 0
+    (1,C) and the others (M,C), 0 in its place."""
     filters = ('taps',)
 
     def __init__(self, config):
@@ -304,7 +304,8 @@ class FNOMixer(Mixer):
         u, z = self.in_proj(x).chunk(2, -1)  # (B,1,C)
         (ring,), (pos, first, others) = state
         ring.index_copy_(1, pos, u.to(ring.dtype))
-        lag = (pos - torch.arange(len(others), device=x.device)) % len(others)  # how long ago a slot was written
+        lag = (pos - torch.arange(len(others), device=x.device)) % len(others)  # how old a slot's input is
+        # u itself is not read back, see Mixer: at lag 0 the tap is 0
         y = (ring * others.index_select(0, lag)).sum(1, keepdim=True) + first * u
         pos.add_(1).remainder_(len(others))
         return self.out_proj(y * F.silu(z)), state

@@ -1,6 +1,6 @@
 """kill -9 of train.py at random instants while it saves every step; results/reliability.md has the figures of one machine.
 
-    python tests/trials/reliability.py kill 200 [seed]
+    python tests/trials/reliability.py kill 200 [seed] [ranks] [--knob=value ...]
 """
 import os
 import random
@@ -11,25 +11,29 @@ import time
 from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from runs import make_data, start, train  # noqa: E402  it puts the project's root on the path
+from runs import make_data, start, train, train_ranks  # noqa: E402  it puts the project's root on the path
 
 import torch  # noqa: E402
 
 from model import load_checkpoint  # noqa: E402
 
 
-def kill(folder, kills=200, seed=0):
+def kill(folder, knobs, kills=200, seed=0, ranks=1):
     """Each restart goes on from a whole checkpoint, not older than the last one that was reported as saved; nothing
     piles up; and in the end the run has the weights, bit for bit, of one that was never killed."""
     rng, counts, reported, most, out = random.Random(seed), Counter(), 0, 0, os.path.join(folder, 'out')
-    args = ['--dataset=' + make_data(folder), '--schedule=constant', '--save_interval=1', '--eval_interval=7', '--n_embd=64']
+    args = ['--dataset=' + make_data(folder), '--schedule=constant', '--save_interval=1', '--eval_interval=7', '--n_embd=64', *knobs]
     for _ in range(kills):
-        run = start(folder, *args, '--max_iters=1000000')
+        runs = train_ranks(folder, ranks, *args, '--max_iters=1000000', code=None) if ranks > 1 else [start(folder, *args, '--max_iters=1000000')]
+        run = runs[0]
         if rng.random() < 0.8:  # mostly while it trains and saves, sometimes while it starts
             run.until('saved', 300)
         time.sleep(rng.random() * 0.25)
-        run.kill().wait()
-        assert run.code == -9 and 'Traceback' not in run.err and 'STEPPING BACK' not in run.err, (run.code, run.err)
+        for each in rng.sample(runs, ranks):
+            each.kill()
+        for each in runs:
+            each.wait()
+            assert each.code in ((-9,) if ranks == 1 else (-9, 1)) and 'Traceback' not in each.err and 'STEPPING BACK' not in each.err, (each.code, each.err)
         if going_on := re.search(r'going on from out, step (\d+)', run.out):
             counts['restarts that went on'] += 1
             assert int(going_on[1]) >= reported, f'went on from step {going_on[1]}, but {reported} had been saved'
@@ -41,8 +45,10 @@ def kill(folder, kills=200, seed=0):
             name.endswith('.pt') and name[:-2] + 'json' not in names for name in names)
         most = max(most, len(names))
     steps = reported + 5
-    assert 'going on from out' in train(folder, *args, f'--max_iters={steps}').out
-    train(folder, *args, f'--max_iters={steps}', '--out_dir=never_killed', '--save_interval=0')
+    for last in ([], ['--out_dir=never_killed', '--save_interval=0']):
+        last = [*args, f'--max_iters={steps}', *last]
+        run = train_ranks(folder, ranks, *last)[0] if ranks > 1 else train(folder, *last)
+        assert ('going on from out' in run.out) == (last[-1] != '--save_interval=0')
     a, b = (load_checkpoint(os.path.join(folder, name))[0] for name in ('out', 'never_killed'))
     assert all(torch.equal(a['model'][name], p) for name, p in b['model'].items())
     assert a['training']['position'] == b['training']['position']
@@ -56,5 +62,5 @@ if __name__ == '__main__':
         sys.exit(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.time()
-        kill(folder, *map(int, sys.argv[2:]))
+        kill(folder, [word for word in sys.argv[2:] if word[0] == '-'], *(int(word) for word in sys.argv[2:] if word[0] != '-'))
         print(f'{time.time() - begin:.0f} s')

@@ -39,7 +39,7 @@ class FELAConfig:
     n_head: int = 12  # of A layers
     gla_heads: int = 1  # of L layers, whose state is C * C / gla_heads numbers: few, wide heads remember more
     n_embd: int = 768  # C
-    n_modes: int = 512  # M, taps of S layers
+    n_modes: int = 512  # M, taps of S layers; gates of L start at sqrt(M) to M sqrt(M) tokens
     pattern: str = 'SSSL'  # a letter of MIXERS for each layer, repeated over the layers
     chunk_size: int = 128  # of L layers; a speed knob that never changes the function
     mlp_hidden: int = 0  # 0: 2 * n_embd
@@ -168,8 +168,8 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=128, floor
     q, k, log_decay (B,H,T,K); v (B,H,T,V); state (B,H,K,V) fp32, None means zeros; floor <= log_decay <= 0.
     -> o (B,H,T,V) like v, the state after the last token. Matrix products are in the dtype of v; gates, sums
     and the state in fp32 (fp64 for fp64). A log_decay below floor acts as floor: e^-20 is below fp32
-    rounding, and who knows a higher bound may say so. Chunks of more than 256 tokens (of 2 * 80 / -floor) act
-    as chunks of so many."""
+    rounding, and who knows a higher bound may say so: chunks of more than 2 * int(80 / -floor) tokens, 8 at
+    the default and 256 at GLAMixer's, act as chunks of so many."""
     if k.shape != q.shape or log_decay.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError('expected q, k, log_decay (B,H,T,K) and v (B,H,T,V), '
                          f'got {[tuple(t.shape) for t in (q, k, log_decay, v)]}')
@@ -237,8 +237,9 @@ def projections(width, *outputs):
 class Mixer(nn.Module):
     """What is asked of a mixer: `forward` over a sequence, `step` over one token (B,1,C), state in, state out
     (None: none is wanted), `init_state(batch_size)`, and what follows. A state is two tuples: tensors with a
-    row for each row of the batch, and the rest. `step` changes them in place and does not read what it wrote:
-    compiled, a kernel starts before the one before it has written."""
+    row for each row of the batch, and the rest. `step` changes them in place and should not read back what it
+    wrote: compiled, a Triton kernel starts before the one before it has written (A's cache is read by one
+    that is not Triton's)."""
     filters = ()  # names of parameters of its own of two dimensions that are no matrices: no decay, no Muon
 
     def zeros(self, *shape, **options):
@@ -530,12 +531,7 @@ class FELA(nn.Module):
         nats): reduction 'mean' over the targets, or 'none' for the loss of each token (B,T)."""
         if reduction not in ('mean', 'none'):
             raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'none'")
-        segment = idx.shape[1] if idx.is_cuda else self.segment(idx)
-        parts, state = [], self.init_state(len(idx)) if segment < idx.shape[1] else None
-        for part in idx.split(segment, 1):
-            x, state = self.hidden(self.embedding(part), state)
-            parts.append(x)
-        x = torch.cat(parts, 1)
+        x, _ = self.hidden(self.embedding(idx))
         if targets is None:
             return self.logits(x), None
         rows = 8192 if x.is_cuda else 2048  # at once, as logits are large; all are kept if a few GB hold them
@@ -544,11 +540,6 @@ class FELA(nn.Module):
         loss = torch.cat([losses(*part) for part in parts]).view_as(targets)
         return None, loss if reduction == 'none' else loss.sum() / (targets >= 0).sum().clamp(min=1)
 
-    def segment(self, idx):
-        """Tokens of each row that pass all layers together, for a CPU's cache and the memory of a prefill"""
-        few = max((16384 if idx.is_cuda else 2048) // len(idx), self.config.n_modes)
-        return idx.shape[1] if self.attention else few
-
     def init_state(self, batch_size):
         """The state before the first token, by layer; of fixed size, but for A. S keeps its taps in it"""
         return [block.mixer.init_state(batch_size) for block in self.blocks]
@@ -556,8 +547,9 @@ class FELA(nn.Module):
     @torch.inference_mode()
     def prefill(self, idx, state=None):
         """idx (B,T) -> (logits of the last token (B,vocab), state). In segments, so memory does not grow"""
-        state = state or self.init_state(len(idx))
-        for part in idx.split(self.segment(idx), 1):
+        (B, T), state = idx.shape, state or self.init_state(len(idx))
+        segment = T if self.attention else max((16384 if idx.is_cuda else 2048) // B, self.config.n_modes)
+        for part in idx.split(segment, 1):
             x, state = self.hidden(self.embedding(part), state)
         return self.logits(x[:, -1]), state
 

@@ -284,7 +284,7 @@ def make(config):
         raise DataError(f'dataset {config["dataset"]!r}: use one of --data_files=, --roots=, --hf_dataset=')
     if not given and config['dataset'] != 'pysrc':
         config.update(dataset='openwebtext', hf_dataset='Skylion007/openwebtext')  # needs no script
-    paths = given if not given or os.path.exists(given[0]) else [name for name in given[0].split(',') if name]
+    paths = given if os.path.exists(''.join(given)) else [p for p in ''.join(given).split(',') if p] or given
     name = config['dataset'] or os.path.basename(os.path.abspath(paths[0])).strip('.').partition('.')[0]
     hub, column = config['hf_dataset'], config['data_files'] and config['text_column']
     if config['val_fraction'] == -1:

@@ -51,7 +51,7 @@ schedule = 'cosine'  # cosine, wsd (warmup, stable, decay), constant
 warmup_iters = 30  # steps of linear warmup
 decay_frac = 0.3  # wsd: last part of the run, where the learning rate falls
 min_lr_frac = 0.0  # the learning rate falls to this fraction of its peak
-weight_decay = 0.1  # matrices only
+weight_decay = 0.1  # of matrices and the embedding
 beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW
 grad_clip = 1.0  # largest gradient norm; 0: off
@@ -221,7 +221,7 @@ def get_batch(data, position):
 
 
 def learning_rate_now():
-    if run.step <= warmup_iters:
+    if run.step <= warmup_iters or run.warm > progress()[0]:  # the latter if the budget was made larger
         run.warm = progress()[0]  # known only when it is reached, if the budget is a time
     if run.step < warmup_iters:
         return learning_rate * (run.step + 1) / (warmup_iters + 1)
@@ -333,7 +333,7 @@ while progress()[0] < 1 and not stopping:
         mean, speed = sum(run.losses) / (len(run.losses) or math.nan), steps * batch_tokens / busy
         log(f'step {step:6} | {done:4.0%} | loss {mean:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed:,.0f} '
             f'tok/s | {speed * model.flops_per_token(block_size) / 1e12:.3g} TFLOP/s'
-            f' | ETA {timedelta(seconds=round(run.elapsed / done - run.elapsed))}')
+            f' | ETA {timedelta(seconds=round(min(run.elapsed / done - run.elapsed, 1e9)))}')
         last_line, busy, steps = now, 0.0, 0
     if due:
         metric(loss=mean, lr=lr, grad_norm=norm, tokens_per_second=speed)

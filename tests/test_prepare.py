@@ -298,7 +298,7 @@ def test_what_does_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    ('--dataset=books', ["'books'", '--data_files=']), ('--data_files=nowhere.txt', ['nowhere.txt', 'not there']),
+    ('--dataset=books', ["'books'", '--data_files=']), ('--roots=,', ["','", 'not there']), ('--data_files=nowhere.txt', ['nowhere.txt', 'not there']),
     ('--data_files=empty.txt', ['0 bytes of text']), ('--data_files=tiny.txt', ['0 bytes of text in train']),
     ('--data_files=x.txt --roots=.', ['use one of']), ('--roots=. --suffixes=.zig', ['0 bytes of text']),
     ('--dataset=pysrc --tokenizer=gpt5', ['gpt5', 'bytes or gpt2']), ('--dataset=pysrc --num_proc=-1', ['num_proc']),

@@ -105,7 +105,7 @@ def require(config, **rules):
 
 
 def find_ranks():
-    """-> rank, local rank, number of ranks and whether there are several, from what torchrun sets"""
+    """-> rank, local rank, number of ranks and whether torchrun started it, from what torchrun sets"""
     found = {n: os.environ.get(n, '') for n in 'RANK LOCAL_RANK WORLD_SIZE MASTER_PORT MASTER_ADDR'.split()}
     if not found['RANK'] + found['WORLD_SIZE']:
         return 0, 0, 1, False

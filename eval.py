@@ -1,5 +1,5 @@
 """
-Every number and picture in results/: five suites over one checkpoint.
+Five suites over one checkpoint: tables, pictures and protocols in a folder of results/.
 
     python eval.py                                     all suites, the newest checkpoint of the default run
     python eval.py --suite=lm --tasks=boolq,piqa --checkpoint=out_gpt --out=results/gpt

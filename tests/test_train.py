@@ -84,6 +84,8 @@ def test_budgets(tmp_path, data):
     """What ended a run is said, and the advice names it. A budget that is given switches the default time off."""
     run = train(tmp_path, data, '--max_iters=50', '--max_tokens=1300')
     assert max(metrics(tmp_path / 'out', 'loss')) == 6 and '(the end by max_tokens)' in run.out  # 6 * 256 reach 1300
+    train(tmp_path, data, '--max_iters=50', '--max_tokens=12800')  # a larger budget: from its peak the rate falls once
+    assert (rates := values(tmp_path / 'out', 'lr')[6:]) == sorted(rates, reverse=True) and rates[0] > 2 * rates[-1]
     run = train(tmp_path, data, '--max_iters=100000', '--max_seconds=0.3', '--out_dir=b')
     assert '(the end by max_seconds)' in run.out and '100%' in run.out
     run = train(tmp_path, data, '--max_iters=100000', '--max_seconds=0.3', '--out_dir=b')

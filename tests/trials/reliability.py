@@ -11,7 +11,7 @@ import time
 from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from runs import make_data, start, train, train_ranks  # noqa: E402  it puts the project's root on the path
+from runs import make_data, start, train_ranks  # noqa: E402  it puts the project's root on the path
 
 import torch  # noqa: E402
 
@@ -23,17 +23,17 @@ def kill(folder, knobs, kills=200, seed=0, ranks=1):
     piles up; and in the end the run has the weights, bit for bit, of one that was never killed."""
     rng, counts, reported, most, out = random.Random(seed), Counter(), 0, 0, os.path.join(folder, 'out')
     args = ['--dataset=' + make_data(folder), '--schedule=constant', '--save_interval=1', '--eval_interval=7', '--n_embd=64', *knobs]
+    go = lambda *more: train_ranks(folder, ranks, *args, *more, code=None) if ranks > 1 else [start(folder, *args, *more)]
     for _ in range(kills):
-        runs = train_ranks(folder, ranks, *args, '--max_iters=1000000', code=None) if ranks > 1 else [start(folder, *args, '--max_iters=1000000')]
-        run = runs[0]
+        run, *_ = runs = go('--max_iters=1000000')
         if rng.random() < 0.8:  # mostly while it trains and saves, sometimes while it starts
             run.until('saved', 300)
         time.sleep(rng.random() * 0.25)
         for each in rng.sample(runs, ranks):
             each.kill()
         for each in runs:
-            each.wait()
-            assert each.code in ((-9,) if ranks == 1 else (-9, 1)) and 'Traceback' not in each.err and 'STEPPING BACK' not in each.err, (each.code, each.err)
+            assert each.wait().code in ((-9,) if ranks == 1 else (-9, 1)), (each.code, each.err)
+            assert 'Traceback' not in each.err and 'STEPPING BACK' not in each.err, each.err
         if going_on := re.search(r'going on from out, step (\d+)', run.out):
             counts['restarts that went on'] += 1
             assert int(going_on[1]) >= reported, f'went on from step {going_on[1]}, but {reported} had been saved'
@@ -46,9 +46,8 @@ def kill(folder, knobs, kills=200, seed=0, ranks=1):
         most = max(most, len(names))
     steps = reported + 5
     for last in ([], ['--out_dir=never_killed', '--save_interval=0']):
-        last = [*args, f'--max_iters={steps}', *last]
-        run = train_ranks(folder, ranks, *last)[0] if ranks > 1 else train(folder, *last)
-        assert ('going on from out' in run.out) == (last[-1] != '--save_interval=0')
+        runs = go(f'--max_iters={steps}', *last)
+        assert all(run.wait().code == 0 for run in runs) and ('going on from out' in runs[0].out) == (not last)
     a, b = (load_checkpoint(os.path.join(folder, name))[0] for name in ('out', 'never_killed'))
     assert all(torch.equal(a['model'][name], p) for name, p in b['model'].items())
     assert a['training']['position'] == b['training']['position']

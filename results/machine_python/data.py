@@ -2,7 +2,7 @@
 All Python sources of this machine as bytes, data/machine_python, split by package. A package that is held out
 is not in training, and at most a quarter of its longer lines are found in any other package.
 
-    python results/h200/machine_python/data.py
+    python results/machine_python/data.py
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import sys
 import sysconfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(HERE))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 import prepare  # noqa: E402
 
 LARGEST, HELD_OUT = 1_200_000, 5_000_000  # bytes of a held-out package, and of all of them

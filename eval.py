@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure, die, pick_device, require, sha256_of, write_whole
-from model import FELA, CheckpointError, FELAConfig, load_model, repeat_state
+from model import FELA, MIXERS, CheckpointError, FELAConfig, load_model, repeat_state
 from prepare import DataError, TokenData, ensure_pysrc, get_tokenizer
 
 checkpoint = 'out'  # a folder of checkpoints (the newest is taken), or one checkpoint
@@ -583,8 +583,8 @@ def main():
     words = dict(suite=' '.join(['all', *SUITES]), kinds='train recompute prefill decode', compile='off on')
     for key, word in [(key, word) for key in words for word in globals()[key].split(',')]:
         require({key: word}, **{key: words[key]})
-    if '' in arms.split(',') or set(arms.replace('FELA', '')) - set('SLA,'):
-        die(f'arms={arms!r}: expected FELA or patterns of S, L and A, with commas')
+    if '' in arms.split(',') or set(arms.replace('FELA', '')) - {*MIXERS, ','}:
+        die(f'arms={arms!r}: expected FELA or patterns of {", ".join(MIXERS)}, with commas')
     counts = 'batch_size block_tokens needle_seeds repetitions max_cell_seconds vocab_size'.split()
     require(globals(), dtype='auto float32 bfloat16 float16', blocks=(2, 1 << 60), **dict.fromkeys(
         counts, (1, 1 << 60)), **dict.fromkeys(('limit', 'max_length', 'seed'), (0, 1 << 60)))

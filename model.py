@@ -241,6 +241,7 @@ class Mixer(nn.Module):
     wrote: compiled, a Triton kernel starts before the one before it has written (A's cache is read by one
     that is not Triton's)."""
     filters = ()  # names of parameters of its own of two dimensions that are no matrices: no decay, no Muon
+    segments = False  # True: forward may go on from a state, of fixed size, that it does not change in place
 
     def zeros(self, *shape, **options):
         """On the device of its parameters and, unless said otherwise, in their dtype: for states"""
@@ -263,7 +264,7 @@ class FNOMixer(Mixer):
     whose time constants run from one token to M, plus a direct path at lag 0.
     State: ring (B,M,C), the last M inputs; pos (1,), slot of the oldest, the next to go; the tap at lag 0
     (1,C) and the others (M,C), 0 in its place."""
-    filters = ('taps',)
+    filters, segments = ('taps',), True
 
     def __init__(self, config):
         super().__init__()
@@ -319,7 +320,7 @@ class GLAMixer(Mixer):
     floor = -0.625  # of log_decay: a token keeps over half of the state, a block of 128 stays within e^+-40
     rank = 16  # of the gate projection
     width = 4  # taps of the short filter
-    filters = ('short_taps',)
+    filters, segments = ('short_taps',), True
 
     def __init__(self, config):
         super().__init__()
@@ -450,11 +451,11 @@ class FELA(nn.Module):
         super().__init__()
         self.config = config
         letters = (config.pattern * config.n_layer)[:config.n_layer]
-        self.attention = 'A' in letters
         padded = -(-config.vocab_size // 64) * 64  # GPUs like round sizes; the padding gets no probability
         self.embedding = nn.Embedding(padded, config.n_embd)  # also the output weights
         self.blocks = nn.ModuleList(Block(config, letter) for letter in letters)
         self.norm = nn.LayerNorm(config.n_embd, bias=False)
+        self.segments = all(block.mixer.segments for block in self.blocks)
         self.checkpoint_activations = False  # recompute blocks in backward: less memory, a third more time
         self.init_weights()
 
@@ -510,6 +511,14 @@ class FELA(nn.Module):
             new_state.append(s)
         return x, new_state if state else None
 
+    def parts(self, idx, state):
+        """idx (B,T) -> (output of the last block, state) for a segment of tokens after another: few tokens
+        bound the memory of a prefill, and fit a CPU's cache"""
+        few = max((2048 if idx.is_cpu else 16384) // len(idx), self.config.n_modes)
+        for part in idx.split(few, 1) if self.segments else (idx,):
+            x, state = self.hidden(self.embedding(part), state)
+            yield x, state
+
     def head(self, x):
         """output of the last block (...,C) -> logits (...,padded vocab) in the dtype of matrix products"""
         h = self.norm(x)
@@ -531,7 +540,10 @@ class FELA(nn.Module):
         nats): reduction 'mean' over the targets, or 'none' for the loss of each token (B,T)."""
         if reduction not in ('mean', 'none'):
             raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'none'")
-        x, _ = self.hidden(self.embedding(idx))
+        if idx.is_cpu and self.segments and idx.shape[1] > 2048:
+            x = torch.cat([x for x, _ in self.parts(idx, self.init_state(len(idx)))], 1)
+        else:
+            x, _ = self.hidden(self.embedding(idx))
         if targets is None:
             return self.logits(x), None
         rows = 8192 if x.is_cuda else 2048  # at once, as logits are large; all are kept if a few GB hold them
@@ -547,10 +559,8 @@ class FELA(nn.Module):
     @torch.inference_mode()
     def prefill(self, idx, state=None):
         """idx (B,T) -> (logits of the last token (B,vocab), state). In segments, so memory does not grow"""
-        (B, T), state = idx.shape, state or self.init_state(len(idx))
-        segment = T if self.attention else max((16384 if idx.is_cuda else 2048) // B, self.config.n_modes)
-        for part in idx.split(segment, 1):
-            x, state = self.hidden(self.embedding(part), state)
+        for x, state in self.parts(idx, state or self.init_state(len(idx))):
+            pass
         return self.logits(x[:, -1]), state
 
     @torch.inference_mode()
@@ -583,10 +593,10 @@ class FELA(nn.Module):
         """step(idx, state) as one CUDA graph, some 300 kernels started at once, with its own copy of state"""
         idx = idx.clone()
         torch.cuda.synchronize(idx.device)  # another stream does not wait for idx and state
-        with torch.cuda.stream(torch.cuda.Stream(idx.device)):  # warm up where nothing is captured
+        with torch.cuda.stream(stream := torch.cuda.Stream(idx.device)):  # warm up before the capture
             self.step(idx, repeat_state(state, 1))
         state = repeat_state(state, 1)
-        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=stream):
             logits, _ = self.step(idx, state)
 
         @torch.inference_mode()
@@ -599,6 +609,7 @@ class FELA(nn.Module):
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None):
         """Yields the next token of each row (B,). idx is read after `state`; temperature 0 is greedy"""
+        state = state and self.make_room(state, idx.shape[1])  # if it is of a fixed size, for the prompt too
         (logits, state), step = self.prefill(idx, state), self.step
         state = self.make_room(state, max_new_tokens)
         for i in range(max_new_tokens):

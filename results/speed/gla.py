@@ -2,7 +2,7 @@
 On a GPU: gated_linear_attention of model.py, compiled, beside chunk_gla of flash-linear-attention (pip install flash-linear-attention),
 whose kernels are hand-written. bf16, gates as GLAMixer makes them; forward, then forward and backward, in turn, median milliseconds.
 
-    python results/speed/fla.py
+    python results/speed/gla.py
 """
 import os
 import statistics

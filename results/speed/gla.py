@@ -37,7 +37,7 @@ def milliseconds(f):
 
 print(torch.cuda.get_device_name(), 'torch', torch.__version__)
 print('| rows x tokens, heads x width | forward, ours | fla | forward and backward, ours | fla | difference of outputs |')
-for B, T, H, K in ((16, 1024, 4, 512), (1, 16384, 4, 512), (1, 65536, 4, 512), (16, 2048, 1, 768), (16, 1024, 16, 128)):
+for B, T, H, K in ((16, 1024, 16, 128), (1, 16384, 16, 128), (16, 1024, 4, 512), (1, 16384, 4, 512)):
     torch.manual_seed(0)
     torch._dynamo.reset()
     q, k, v, do = torch.randn(4, B, T, H, K, device='cuda', dtype=torch.bfloat16).unbind(0)

@@ -1,4 +1,4 @@
-"""What it costs a run of train_diloco.py to lose workers and nodes; prints a table of results/diloco/.
+"""What it costs a run of train_diloco.py to lose workers and nodes; prints tables as in results/diloco.md.
 
     python tests/trials/diloco_trials.py kill   # or stop, host: between rounds, inside, in a collective
 """

@@ -36,6 +36,12 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    from runs import make_data
+    return '--dataset=' + make_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='session')
 def shared():
     """Where a file or folder of ../shared/data is. Where that is at hand, nothing in it may be missing."""
     if not os.path.isdir(folder := os.path.join(ROOT, '..', 'shared', 'data')):

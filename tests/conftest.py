@@ -12,6 +12,7 @@
 | streaming, stops, long prompts | test_sample.py | |
 | knobs, hints, the lock, the atomic write | test_configurator.py | |
 | every suite against a plain adapter or a direct computation | test_eval.py | |
+| every command of README.md, in its order, on small data | test_readme.py | |
 """
 import os
 import shutil

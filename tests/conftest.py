@@ -12,6 +12,7 @@
 | streaming, stops, long prompts | test_sample.py | |
 | knobs, hints, the lock, the atomic write | test_configurator.py | |
 | every suite against a plain adapter or a direct computation | test_eval.py | |
+| every command of README.md, in its order, on small data | test_readme.py | |
 """
 import os
 import shutil
@@ -33,6 +34,12 @@ def pytest_runtest_makereport(item, call):
         if 'could not import' in (reason := str(report.longrepr)):
             report.outcome, report.longrepr = 'failed', f'skipped in CI, where it must run: {reason}'
     return report
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    from runs import make_data
+    return '--dataset=' + make_data(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture(scope='session')

@@ -7,8 +7,13 @@ import resource
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPO)
@@ -39,9 +44,7 @@ def _child(script, args, cwd, env, output, fsize, stdin):
     try:
         try:
             runpy.run_path(os.path.join(REPO, script), run_name='__main__')
-        except SystemExit:
-            raise
-        except BaseException:
+        except (Exception, KeyboardInterrupt):
             code = 1
             sys.excepthook(*sys.exc_info())
     except SystemExit as e:
@@ -70,11 +73,9 @@ class Run:
     err = property(lambda self: self._read('.err'))
 
     def _read(self, ext):
-        try:
-            with open(self.output + ext, errors='replace') as file:
-                return file.read(1 << 20)
-        except FileNotFoundError:
-            return ''
+        with suppress(FileNotFoundError), open(self.output + ext, errors='replace') as file:
+            return file.read(1 << 20)
+        return ''
 
     def until(self, text, seconds=60):
         """Wait until `text` was printed (or the process has ended)."""
@@ -85,10 +86,8 @@ class Run:
         return self
 
     def kill(self, number=signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError):
             os.kill(self.pid, number)
-        except ProcessLookupError:
-            pass
         return self
 
     def wait(self, seconds=120):
@@ -110,13 +109,25 @@ def train(folder, *args, code=0, **kwargs):
     return run
 
 
-def fails(folder, *args, code=2, script='train.py', **kwargs):
+def error(run):
     """The one line that it ends with."""
-    run = Run(folder, script, [*(TINY if script == 'train.py' else ()), *args], **kwargs).wait()
-    lines = run.err.splitlines()
-    assert run.code == code and lines and lines[-1].startswith('error: '), (run.code, run.out, run.err)
-    assert 'Traceback' not in run.err and sum(line.startswith('error:') for line in lines) == 1, run.err
+    lines = run.err.splitlines() or ['']
+    assert [line for line in lines if line.startswith('error:')] == lines[-1:] and 'Traceback' not in run.err, (run.out, run.err)
     return lines[-1]
+
+
+def fails(folder, *args, code=2, script='train.py', **kwargs):
+    run = Run(folder, script, [*(TINY if script == 'train.py' else ()), *args], **kwargs).wait()
+    assert run.code == code, (run.code, run.out, run.err)
+    return error(run)
+
+
+def unread(folder, script, *args):
+    """Its reader goes away after the first byte. -> what it says on stderr, and its exit code"""
+    process = subprocess.Popen([sys.executable, f'{REPO}/{script}', *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    return process.stderr.read(), process.wait()
 
 
 def free_port():
@@ -125,21 +136,28 @@ def free_port():
         return s.getsockname()[1]
 
 
-def train_ranks(folder, ranks, *args, code=0, last=()):
-    """What torchrun does, without its start-up time; `last`: more arguments for the last rank."""
+def group(ranks, machines=False):
+    """What torchrun tells each rank, without its start-up time; machines: each rank has one of its own."""
     env = {'WORLD_SIZE': str(ranks), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
-    runs = [start(folder, *args, *(last if i + 1 == ranks else ()), env=env | {'RANK': str(i), 'LOCAL_RANK': str(i)})
-            for i in range(ranks)]
-    for run in runs:
-        if code is not None:
-            assert run.wait().code == code, (run.code, run.out, run.err)
+    return [env | {'RANK': str(i), 'LOCAL_RANK': str(0 if machines else i)} for i in range(ranks)] if ranks > 1 else [{}]
+
+
+def train_ranks(folder, ranks, *args, code=0, last=()):
+    """`last`: more arguments for the last rank; code=None: they are not waited for."""
+    runs = [start(folder, *args, *(last if i + 1 == ranks else ()), env=env) for i, env in enumerate(group(ranks))]
+    for run in runs if code is not None else ():
+        assert run.wait().code == code, (run.code, run.out, run.err)
     return runs
+
+
+def strict_rows(out_dir):
+    """Every line of metrics.jsonl, in which NaN is no number: int('NaN') raises."""
+    return [json.loads(line, parse_constant=int) for line in Path(out_dir, 'metrics.jsonl').read_text().splitlines()]
 
 
 def metrics(out_dir, key):
     """{step: value} of metrics.jsonl"""
-    with open(os.path.join(str(out_dir), 'metrics.jsonl')) as file:
-        found = [(row['step'], row[key]) for row in map(json.loads, file) if key in row]
+    found = [(row['step'], row[key]) for row in strict_rows(out_dir) if key in row]
     assert len(dict(found)) == len(found), 'a step was logged twice'
     return dict(found)
 
@@ -148,14 +166,20 @@ def values(out_dir, key):
     return list(metrics(out_dir, key).values())
 
 
-def make_data(folder, name='mini', text=None):
+def load(path):
+    return torch.load(str(path), weights_only=True)
+
+
+def write(path, data):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Path(path).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return str(path)
+
+
+def make_data(folder, name='mini', text=''):
     """A byte dataset of this repository's own text, made by prepare.py."""
-    source, out_dir = os.path.join(str(folder), f'{name}.txt'), os.path.join(str(folder), 'data', name)
-    with open(source, 'w') as file:
-        for script in ('train.py', 'prepare.py') if text is None else ():
-            with open(os.path.join(REPO, script)) as other:
-                file.write(other.read())
-        file.write(text or '')
+    text, out_dir = text or ''.join(Path(REPO, script).read_text() for script in ('train.py', 'prepare.py')), f'{folder}/data/{name}'
+    source = write(f'{folder}/{name}.txt', text)
     run = Run(folder, 'prepare.py', [f'--data_files={source}', '--tokenizer=bytes', f'--out_dir={out_dir}']).wait()
     assert run.code == 0, run.err
     return out_dir

@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,19 +20,13 @@ from hypothesis import strategies as st
 import configurator
 import model
 from model import FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, load_model, read_manifest, save_checkpoint
-from runs import REPO, fails, make_data, metrics, train
+from runs import REPO, fails, metrics, train, write
 
 SMALL = FELAConfig(vocab_size=7, n_layer=2, n_embd=8, n_head=1, gla_heads=1, n_modes=4, pattern='SL')
 
 
-def read(path):
-    with open(path, 'rb') as file:
-        return file.read()
-
-
-def write(path, data):
-    with open(path, 'wb') as file:
-        file.write(data)
+read = lambda path: Path(path).read_bytes()
+loaded = lambda path: load_checkpoint(str(path))[0]['training']['step']
 
 
 def state(step, **changes):
@@ -41,10 +36,6 @@ def state(step, **changes):
 
 def save(folder, step, val=None, text='', **options):
     return save_checkpoint(str(folder), step, state(step), {'losses': {'val': val}, 'text': text}, **options)
-
-
-def loaded(path):
-    return load_checkpoint(str(path))[0]['training']['step']
 
 
 def steps(folder):
@@ -256,8 +247,8 @@ def test_what_is_not_there(tmp_path):
     assert 'step_000007.pt is refused: ' in refused(tmp_path / 'step_000007.json')
 
 
-def test_training_writes_no_secrets_and_steps_back_loudly(tmp_path):
-    args = '--dataset=' + make_data(tmp_path), '--max_iters=6', '--save_interval=2', '--keep_checkpoints=0'
+def test_training_writes_no_secrets_and_steps_back_loudly(tmp_path, data):
+    args = data, '--max_iters=6', '--save_interval=2', '--keep_checkpoints=0'
     train(tmp_path, *args, env=dict.fromkeys(('WANDB_API_KEY', 'HF_TOKEN', 'AWS_SECRET_ACCESS_KEY'), 'swordfish'))
     for path in filter(os.path.isfile, glob.glob(f'{tmp_path}/**', recursive=True)):  # what it printed is there, too
         assert b'swordfish' not in read(path), path

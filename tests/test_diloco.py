@@ -15,27 +15,16 @@ import torch
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 from fake_s3 import FakeS3
-from runs import REPO, Run, fails, free_port, make_data, metrics, train
+from runs import REPO, Run, error, fails, free_port, group, load, make_data, metrics, strict_rows, train
 from trials.diloco_nodes import TINY, Node, ledger, newest, rounds, settled, until
 
 DILOCO = [*TINY, '--out_dir=out', '--max_tokens=0']
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return '--dataset=' + make_data(tmp_path_factory.mktemp('data'))
-
-
-def group(port, ranks, rank, local):
-    return {} if ranks == 1 else {'WORLD_SIZE': str(ranks), 'RANK': str(rank), 'LOCAL_RANK': str(local),
-                                  'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-
-
 def start(folder, ranks, *args, env=None, each=None, machines=False):
-    """What torchrun does, without its start-up time and restarts; machines: each rank in a folder of its own, out0 ..."""
-    port = free_port()
+    """Without torchrun's start-up time and restarts; machines: each rank in a folder of its own, out0 ..."""
     return [Run(folder, 'train_diloco.py', [*DILOCO, *[f'--out_dir=out{i}'] * machines, *args, *(each or {}).get(i, [])],
-                env=(env or {}) | group(port, ranks, i, 0 if machines else i)) for i in range(ranks)]
+                env=(env or {}) | ours) for i, ours in enumerate(group(ranks, machines))]
 
 
 def diloco(folder, ranks, *args, code=0, **kwargs):
@@ -44,24 +33,8 @@ def diloco(folder, ranks, *args, code=0, **kwargs):
     return runs
 
 
-def error(run):
-    """The one line that it ends with."""
-    lines = run.err.splitlines()
-    assert lines and lines[-1].startswith('error: ') and 'Traceback' not in run.err, run.err
-    return lines[-1]
-
-
-def load(path):
-    return torch.load(str(path), weights_only=True)
-
-
 def final(folder, out='out'):
     return load(max((folder / out).glob('*_final.pt')))
-
-
-def strict_rows(path):
-    """Every line of a metrics.jsonl, in which NaN is no number: int('NaN') raises."""
-    return [json.loads(line, parse_constant=int) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
@@ -153,7 +126,7 @@ def test_budget_in_tokens_and_in_bytes(tmp_path, data):
     assert 'round     2 | 100%' in run.out and 'val_loss' in rows[1]
     assert (tmp_path / 'out/worker_01/log.txt').read_text().count('| theta') == 2
     run = diloco(tmp_path, 2, data, '--H=50', '--max_tokens=15000', '--eval_rounds=1')[0]
-    assert 'finished' in run.out and '--max_tokens' in run.out and len(strict_rows(tmp_path / 'out/metrics.jsonl')) == 2
+    assert 'finished' in run.out and '--max_tokens' in run.out and len(strict_rows(tmp_path / 'out')) == 2
 
 
 def test_resume_is_exact(tmp_path, data):
@@ -257,7 +230,7 @@ def test_a_full_disk(tmp_path, data):
     run.kill().wait()
     last = newest(tmp_path)
     run = diloco(tmp_path, 1, *args, f'--max_rounds={last + 3}')[0]
-    rows = [row['round'] for row in strict_rows(path)]
+    rows = [row['round'] for row in strict_rows(tmp_path / 'out')]
     assert rows == sorted(set(rows)) and rows[-1] == last + 3 and 'Traceback' not in run.err
 
 
@@ -272,14 +245,14 @@ def test_damage_in_metrics_and_a_field_that_a_snapshot_lacks(tmp_path, data):
     path.write_bytes(b''.join(lines[:2]) + b'{"round": 1, "tok{"round": 2}\n[[\n\xff\xfe\0}\n' + lines[2][:-9])
     run = diloco(tmp_path, 1, data, '--max_rounds=4')[0]
     assert 'going on from round 3' in run.out and '2 of 6 lines are whole' in run.out
-    assert [row['round'] for row in strict_rows(path)] == [1, 2, 4]
+    assert [row['round'] for row in strict_rows(tmp_path / 'out')] == [1, 2, 4]
 
 
 @pytest.mark.parametrize('knobs', ['--learning_rate=1e9', '--learning_rate=1e18', '--outer_lr=1e12', '--learning_rate=1e9 --optimizer=muon'])
 def test_a_loss_that_is_not_finite(tmp_path, data, knobs):
     run = diloco(tmp_path, 1, data, '--max_rounds=4', *knobs.split(), code=1)[0]
     assert 'is not finite' in error(run) and run.err.count('\n') == 1
-    assert all(row['loss'] < 1e9 for row in strict_rows(tmp_path / 'out/metrics.jsonl'))
+    assert all(row['loss'] < 1e9 for row in strict_rows(tmp_path / 'out'))
     assert not list((tmp_path / 'out').rglob('step_*')), 'saved what nobody can go on from'
 
 
@@ -295,9 +268,9 @@ try: dist.all_gather_object([None, None], Bomb())
 except Exception as e: print(e)
 os._exit(0)
 ''')
-    port = free_port()
-    run = Run(tmp_path, 'train_diloco.py', [*DILOCO, data, '--max_rounds=2', '--timeout=5'], env=group(port, 2, 0, 0))
-    evil = subprocess.run([sys.executable, tmp_path / 'evil.py'], env=os.environ | group(port, 2, 1, 1), capture_output=True)
+    honest, stranger = group(2)
+    run = Run(tmp_path, 'train_diloco.py', [*DILOCO, data, '--max_rounds=2', '--timeout=5'], env=honest)
+    evil = subprocess.run([sys.executable, tmp_path / 'evil.py'], env=os.environ | stranger, capture_output=True)
     assert run.wait(60).code == 1 and 'another worker is gone' in error(run), (run.err, evil)
     executed = tmp_path / 'executed'  # the stranger runs its own bomb where the honest one answers
     assert not executed.exists() or str(run.pid) not in executed.read_text().split()
@@ -328,20 +301,14 @@ def test_nodes_come_and_go(tmp_path, data):
 
 
 def test_bad_input(tmp_path, data):
-    def says(*parts, args=(), first=data):
-        line = fails(tmp_path, *DILOCO, first, '--max_rounds=2', *args, script='train_diloco.py')
-        assert all(part in line for part in parts), line
-
-    says('batch_tokens=100', '= 128', args=['--batch_tokens=100'])
-    says('n_embd=15', 'gla_heads=2', args=['--n_embd=15'])
-    says('outer_dtype', 'fp8', 'bf16', args=['--outer_dtype=fp8'])
-    for knob in 'outer_momentum=1.5', 'seed=9223372036854775808', 'timeout=inf':
-        says(knob, 'expected', args=['--' + knob])
-    says('run_name', '../x', args=['--run_name=../x'])
-    says('would never end', args=['--max_rounds=0'])
-    says('missing', 'prepare.py', first='--dataset=' + str(tmp_path / 'missing'))
     diloco(tmp_path, 1, data, '--max_rounds=1')
-    says('H is 5', '6 here', args=['--H=6'])
+    for arg, words in {'--batch_tokens=100': 'batch_tokens=100 = 128', '--n_embd=15': 'n_embd=15 gla_heads=2', '--H=6': 'H is 5 6 here',
+                       '--outer_dtype=fp8': 'outer_dtype fp8 bf16', '--outer_momentum=1.5': 'outer_momentum=1.5 expected',
+                       '--seed=9223372036854775808': 'seed=9223372036854775808 expected', '--timeout=inf': 'timeout=inf expected',
+                       '--run_name=../x': 'run_name ../x', '--max_rounds=0': 'would never end',
+                       f'--dataset={tmp_path}/missing': 'missing prepare.py'}.items():
+        line = fails(tmp_path, *DILOCO, data, '--max_rounds=2', arg, script='train_diloco.py')
+        assert all(word in line for word in words.split()), line
     node = Node(tmp_path, 'a', free_port(), [*DILOCO, data, '--max_rounds=5', '--n_embd=15'], workers=2)  # torchrun does not try it again
     assert node.process.wait(60) and node.text.count('error: n_embd=15') == 1, node.text
 
@@ -428,5 +395,4 @@ def test_s3_never_answers(tmp_path, data, s3):
     runs = start(tmp_path, 2, *args, '--max_rounds=8', env=s3.env)
     runs[0].until('saved out/step_000008_final.pt', 60)
     assert 'does not answer; going on without it' in runs[0].out and newest(tmp_path) == 8
-    runs[0].kill().wait()
-    runs[1].kill().wait()
+    assert [run.kill().wait().code for run in runs]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import prepare
 from prepare import DataError, TokenData, compressed_bpb, ensure_pysrc, get_tokenizer, load_meta, make_from, read_bytes
-from runs import REPO, Run
+from runs import REPO, Run, write
 
 relaxed = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
 DATASET = ['lock', 'meta.json', 'train.bin', 'val.bin']
@@ -36,12 +36,6 @@ def run(folder, *args, code=0, **options):
     done = start(folder, *args, **options).wait()
     assert done.code == code and done.err.count('\n') == (code > 0) and done.err.startswith('error: ' * (code > 0)), done.err
     return done.err or done.out
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return str(path)
 
 
 def make(tmp_path, **knobs):

@@ -61,5 +61,5 @@ def test_every_command_in_its_order(tmp_path):
             ranks = group(2)
         for run in [Run(tmp_path, args[0], args[1:], env=env | rank) for rank in ranks]:
             assert run.wait().code == 0 and 'finished:' not in run.out, (words, run.code, run.out, run.err)
-    written = re.findall(r'`(\w+\.(?:csv|json))`', (tmp_path / 'README.md').read_text())
+    written = re.findall(r'\w+\.(?:csv|json)\b', (tmp_path / 'README.md').read_text().partition('## Results')[2])
     assert written and {*written} <= {path.name for path in (tmp_path / 'out/eval').iterdir()}

@@ -28,7 +28,7 @@ def commands(folder):
     text = re.sub('the first line of `(.*?)`', first, (folder / 'README.md').read_text())
     for language, block, code in re.findall(r'```(\w*)\n(.*?)```|`([^`]+)`', text, re.S):
         assert language in ('', 'sh', 'python', 'bibtex'), f'a block of {language}'
-        if language == 'python':  # safetensors is in no extra; where it is missing, the lines that need it are not run
+        if language == 'python':  # where safetensors is missing, the lines that need it are not run
             write(folder / 'block.py', block if find_spec('safetensors') else block.partition('from safetensors')[0])
             yield ['python', 'block.py']
         for line in (block if language == 'sh' else code if ' ' in code else '').replace('\\\n', '').splitlines():

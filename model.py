@@ -532,7 +532,7 @@ class FELA(nn.Module):
         """output of the last block (tokens,C), targets (tokens,), -1 ignored -> nats (tokens,)"""
         bias = F.pad(x.new_zeros(V := self.config.vocab_size), (0, -V % 64), value=-math.inf)
         logits = self.head(x, bias)  # a slice without the padding would be copied
-        rows = 2 ** 19 // V + 1 if x.is_cpu else len(x)  # as many as a CPU's cache holds
+        rows = 2 ** 20 // V + 1 if x.is_cpu else len(x)  # as many as a CPU's cache holds
         return torch.cat([F.cross_entropy(z.float(), y, ignore_index=-1, reduction='none')
                           for z, y in zip(logits.split(rows), targets.split(rows))])
 

@@ -519,10 +519,10 @@ class FELA(nn.Module):
             x, state = self.hidden(self.embedding(part), state)
             yield x, state
 
-    def head(self, x):
+    def head(self, x, bias=None):
         """output of the last block (...,C) -> logits (...,padded vocab) in the dtype of matrix products"""
         h = self.norm(x)
-        return F.linear(h, self.embedding.weight.to(h.dtype))
+        return F.linear(h, self.embedding.weight.to(h.dtype), bias)
 
     def logits(self, x):
         """-> (...,vocab) fp32"""
@@ -530,9 +530,10 @@ class FELA(nn.Module):
 
     def losses(self, x, targets):
         """output of the last block (tokens,C), targets (tokens,), -1 ignored -> nats (tokens,)"""
-        logits, V = self.head(x), self.config.vocab_size
-        rows = 2 ** 21 // V + 1 if x.is_cpu else len(x)  # as many as a CPU's cache holds
-        return torch.cat([F.cross_entropy(z[:, :V].float(), y, ignore_index=-1, reduction='none')
+        bias = F.pad(x.new_zeros(V := self.config.vocab_size), (0, -V % 64), value=-math.inf)
+        logits = self.head(x, bias)  # a slice without the padding would be copied
+        rows = 2 ** 20 // V + 1 if x.is_cpu else len(x)  # as many as a CPU's cache holds
+        return torch.cat([F.cross_entropy(z.float(), y, ignore_index=-1, reduction='none')
                           for z, y in zip(logits.split(rows), targets.split(rows))])
 
     def forward(self, idx, targets=None, reduction='mean'):
@@ -683,7 +684,7 @@ def orthogonalise(x):
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
 
 

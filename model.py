@@ -10,7 +10,7 @@ Letters in shape comments:
     H heads   K key width of a head   V value width of a head   c tokens in a chunk
 Papers: FELA (ACML 2026); Fourier Neural Operator (Li et al. 2021); GLA (Yang et al. 2024, arXiv:2312.06635);
 SwiGLU (Shazeer 2020); RoPE (Su et al. 2021); Muon (Jordan 2024).
-To add a mixer, write a class like FNOMixer and give it a letter in MIXERS; nothing else has to know of it.
+To add a mixer, write a Mixer like FNOMixer and give it a letter in MIXERS; nothing else has to know of it.
 """
 
 import functools
@@ -168,8 +168,8 @@ def gated_linear_attention(q, k, v, log_decay, state=None, chunk_size=128, floor
     q, k, log_decay (B,H,T,K); v (B,H,T,V); state (B,H,K,V) fp32, None means zeros; floor <= log_decay <= 0.
     -> o (B,H,T,V) like v, the state after the last token. Matrix products are in the dtype of v; gates, sums
     and the state in fp32 (fp64 for fp64). A log_decay below floor acts as floor: e^-20 is below fp32
-    rounding, and who knows a higher bound may say so: chunks of more than 2 * int(80 / -floor) tokens, 8 at
-    the default and 256 at GLAMixer's, act as chunks of so many."""
+    rounding, and who knows a higher bound may say so, for longer chunks: those of more than one block of
+    int(80 / -floor) tokens, at most 128, act as one or two blocks (8 at the default, 256 at GLAMixer's)."""
     if k.shape != q.shape or log_decay.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError('expected q, k, log_decay (B,H,T,K) and v (B,H,T,V), '
                          f'got {[tuple(t.shape) for t in (q, k, log_decay, v)]}')
@@ -241,7 +241,9 @@ class Mixer(nn.Module):
     wrote: compiled, a Triton kernel starts before the one before it has written (A's cache is read by one
     that is not Triton's)."""
     filters = ()  # names of parameters of its own of two dimensions that are no matrices: no decay, no Muon
-    segments = False  # True: forward may go on from a state, of fixed size, that it does not change in place
+    # True: long sequences may come in segments, in training too: forward goes on from a state of fixed size
+    # and changes nothing in it
+    segmented = False
 
     def zeros(self, *shape, **options):
         """On the device of its parameters and, unless said otherwise, in their dtype: for states"""
@@ -264,7 +266,7 @@ class FNOMixer(Mixer):
     whose time constants run from one token to M, plus a direct path at lag 0.
     State: ring (B,M,C), the last M inputs; pos (1,), slot of the oldest, the next to go; the tap at lag 0
     (1,C) and the others (M,C), 0 in its place."""
-    filters, segments = ('taps',), True
+    filters, segmented = ('taps',), True
 
     def __init__(self, config):
         super().__init__()
@@ -320,7 +322,7 @@ class GLAMixer(Mixer):
     floor = -0.625  # of log_decay: a token keeps over half of the state, a block of 128 stays within e^+-40
     rank = 16  # of the gate projection
     width = 4  # taps of the short filter
-    filters, segments = ('short_taps',), True
+    filters, segmented = ('short_taps',), True
 
     def __init__(self, config):
         super().__init__()
@@ -455,7 +457,7 @@ class FELA(nn.Module):
         self.embedding = nn.Embedding(padded, config.n_embd)  # also the output weights
         self.blocks = nn.ModuleList(Block(config, letter) for letter in letters)
         self.norm = nn.LayerNorm(config.n_embd, bias=False)
-        self.segments = all(block.mixer.segments for block in self.blocks)
+        self.segmented = all(block.mixer.segmented for block in self.blocks)
         self.checkpoint_activations = False  # recompute blocks in backward: less memory, a third more time
         self.init_weights()
 
@@ -511,18 +513,20 @@ class FELA(nn.Module):
             new_state.append(s)
         return x, new_state if state else None
 
-    def parts(self, idx, state):
-        """idx (B,T) -> (output of the last block, state) for a segment of tokens after another: few tokens
-        bound the memory of a prefill, and fit a CPU's cache"""
-        few = max((2048 if idx.is_cpu else 16384) // len(idx), self.config.n_modes)
-        for part in idx.split(few, 1) if self.segments else (idx,):
-            x, state = self.hidden(self.embedding(part), state)
+    def segments(self, idx, state):
+        """idx (B,T) -> (output of the last block, state) for one segment after another, if all mixers allow:
+        few tokens at once bound the memory of a prefill, and fit a CPU's cache"""
+        few = max((2048 if idx.is_cpu else 16384) // max(1, len(idx)), self.config.n_modes, 256)
+        for segment in idx.split(few, 1) if self.segmented else (idx,):
+            x, state = self.hidden(self.embedding(segment), state)
             yield x, state
 
-    def head(self, x, bias=None):
-        """output of the last block (...,C) -> logits (...,padded vocab) in the dtype of matrix products"""
-        h = self.norm(x)
-        return F.linear(h, self.embedding.weight.to(h.dtype), bias)
+    def head(self, x):
+        """output of the last block (...,C) -> logits (...,vocab; on a GPU padded) in the dtype of products"""
+        h, weight = self.norm(x), self.embedding.weight
+        if x.is_cpu:  # which wants no round sizes, and would copy what is cut off later
+            weight = weight[:self.config.vocab_size]
+        return F.linear(h, weight.to(h.dtype))
 
     def logits(self, x):
         """-> (...,vocab) fp32"""
@@ -530,10 +534,9 @@ class FELA(nn.Module):
 
     def losses(self, x, targets):
         """output of the last block (tokens,C), targets (tokens,), -1 ignored -> nats (tokens,)"""
-        bias = F.pad(x.new_zeros(V := self.config.vocab_size), (0, -V % 64), value=-math.inf)
-        logits = self.head(x, bias)  # a slice without the padding would be copied
+        logits, V = self.head(x), self.config.vocab_size
         rows = 2 ** 20 // V + 1 if x.is_cpu else len(x)  # as many as a CPU's cache holds
-        return torch.cat([F.cross_entropy(z.float(), y, ignore_index=-1, reduction='none')
+        return torch.cat([F.cross_entropy(z[:, :V].float(), y, ignore_index=-1, reduction='none')
                           for z, y in zip(logits.split(rows), targets.split(rows))])
 
     def forward(self, idx, targets=None, reduction='mean'):
@@ -541,8 +544,8 @@ class FELA(nn.Module):
         nats): reduction 'mean' over the targets, or 'none' for the loss of each token (B,T)."""
         if reduction not in ('mean', 'none'):
             raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'none'")
-        if idx.is_cpu and self.segments and idx.shape[1] > 2048:
-            x = torch.cat([x for x, _ in self.parts(idx, self.init_state(len(idx)))], 1)
+        if idx.is_cpu and self.segmented and idx.shape[1] > 2048:
+            x = torch.cat([x for x, _ in self.segments(idx, self.init_state(len(idx)))], 1)
         else:
             x, _ = self.hidden(self.embedding(idx))
         if targets is None:
@@ -560,7 +563,7 @@ class FELA(nn.Module):
     @torch.inference_mode()
     def prefill(self, idx, state=None):
         """idx (B,T) -> (logits of the last token (B,vocab), state). In segments, so memory does not grow"""
-        for x, state in self.parts(idx, state or self.init_state(len(idx))):
+        for x, state in self.segments(idx, state or self.init_state(len(idx))):
             pass
         return self.logits(x[:, -1]), state
 
@@ -610,7 +613,7 @@ class FELA(nn.Module):
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None):
         """Yields the next token of each row (B,). idx is read after `state`; temperature 0 is greedy"""
-        state = state and self.make_room(state, idx.shape[1])  # if it is of a fixed size, for the prompt too
+        state = state and self.make_room(state, idx.shape[1])  # a cache with room needs it for the prompt too
         (logits, state), step = self.prefill(idx, state), self.step
         state = self.make_room(state, max_new_tokens)
         for i in range(max_new_tokens):

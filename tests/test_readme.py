@@ -1,4 +1,4 @@
-"""Every command of README.md, as it stands there and in its order, in a fresh copy of what git tracks."""
+"""Every command of README.md, as it stands there and in its order, in a fresh copy of what git tracks (without git: of the scripts)."""
 import re
 import shlex
 import subprocess

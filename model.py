@@ -524,7 +524,7 @@ class FELA(nn.Module):
     def head(self, x):
         """output of the last block (...,C) -> logits (...,vocab; on a GPU padded) in the dtype of products"""
         h, weight = self.norm(x), self.embedding.weight
-        if x.is_cpu:  # which wants no round sizes, and would copy what is cut off later
+        if x.is_cpu:  # padding helps only GPUs, and to cut it off later would copy all logits
             weight = weight[:self.config.vocab_size]
         return F.linear(h, weight.to(h.dtype))
 

@@ -17,6 +17,7 @@ optimizer = 'muon'
 learning_rate = 3e-3
 warmup_iters = 60
 min_lr_frac = 0.05
+weight_decay = 0.8  # text that is read four times needs much of it
 eval_interval = 400
 eval_tokens = 262_144
 save_seconds = 0  # only at the end

@@ -15,6 +15,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from model import GLAMixer, gated_linear_attention  # noqa: E402
 
 floor = GLAMixer.floor
+torch.set_float32_matmul_precision('high')  # as our scripts do
 
 
 def ours(q, k, v, g):  # both read (B,T,H,K), as a projection leaves it

@@ -2,7 +2,7 @@
 On a GPU: gated_linear_attention of model.py, compiled, beside chunk_gla of flash-linear-attention (pip install flash-linear-attention),
 whose kernels are hand-written. bf16, gates as GLAMixer makes them; forward, then forward and backward, in turn, median milliseconds.
 
-    python results/speed/gla.py 16,1024,16,128     # rows, tokens, heads, width; of any number of cases
+    python results/speed/gla.py 16,1024,16,128 16,1024,4,512     # cases: rows, tokens, heads, width
 """
 import os
 import statistics
@@ -15,7 +15,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from model import GLAMixer, gated_linear_attention  # noqa: E402
 
 floor = GLAMixer.floor
-torch.set_float32_matmul_precision('high')  # as our scripts do
 
 
 def ours(q, k, v, g):  # both read (B,T,H,K), as a projection leaves it
@@ -38,7 +37,7 @@ def milliseconds(f):
 
 print(torch.cuda.get_device_name(), 'torch', torch.__version__)
 print('| rows x tokens, heads x width | forward, ours | fla | forward and backward, ours | fla | difference of outputs |')
-for B, T, H, K in (map(int, case.split(',')) for case in sys.argv[1:]):
+for B, T, H, K in (map(int, case.split(',')) for case in sys.argv[1:] or ['16,1024,16,128']):
     torch.manual_seed(0)
     torch._dynamo.reset()
     q, k, v, do = torch.randn(4, B, T, H, K, device='cuda', dtype=torch.bfloat16).unbind(0)

@@ -499,9 +499,7 @@ class FELA(nn.Module):
                 groups.setdefault((kind, getattr(module, 'parts', 1)), []).append(p)
         for (kind, parts), params in groups.items():
             wide = kind in ('matrices', 'embedding')
-            group = dict(params=params, name=kind, parts=parts,
-                         # An embedding that decays forgets its rare tokens between two of their appearances.
-                         weight_decay=weight_decay if kind == 'matrices' else 0.0,
+            group = dict(params=params, name=kind, parts=parts, weight_decay=weight_decay if wide else 0.0,
                          lr_scale=1.0 if wide or name == 'muon' else 3.0)  # in AdamW they want larger steps
             (muon if name == 'muon' and kind == 'matrices' else adamw).append(group)
         optimizers = [torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, fused=True)]

@@ -1,4 +1,4 @@
-# python prepare.py && python train.py config/fela_109m.py --chunk_size=64
+# python prepare.py && python train.py config/fela_109m.py --chunk_size=64 --out_dir=out_fela_109m_64
 # The paper's ablation trains with chunks of 64, 256, 512 and 1024: one function; from 256 on also one speed.
 # The paper's 109M shape with GPT-2's vocabulary: 12 * 10 * 768^2 + 50304 * 768 = 109e6.
 dataset = 'openwebtext'

@@ -7,7 +7,7 @@ n_embd = 1024
 n_head = 16
 n_modes = 512
 chunk_size = 256  # for a GPU
-mlp_hidden = 2112  # 12 * ((3.5 + 0.375 + 3 * 2.0625) * 1024^2) = 128e6
+mlp_hidden = 2112  # 12 * ((3.5 + 0.375 + 3 * 2.0625) * 1024^2) + 261 * 1024 = 127e6
 block_size = 16_384
 batch_tokens = 131_072  # 8 sequences of 16,384
 micro_batch_size = 1

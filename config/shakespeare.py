@@ -1,5 +1,5 @@
 # curl -LO https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt && python prepare.py --data_files=input.txt --dataset=shakespeare --tokenizer=bytes && python train.py config/shakespeare.py
-# nanoGPT's setting for a laptop: 4 layers, context 64, batch 12, 2,000 steps; add --pattern=A for the attention arm.
+# nanoGPT's setting for a laptop: 4 layers, context 64, batch 12, 2,000 steps; attention: --pattern=A --out_dir=out_shakespeare_a.
 dataset = 'shakespeare'
 out_dir = 'out_shakespeare'
 n_layer = 4

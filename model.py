@@ -338,7 +338,8 @@ class GLAMixer(Mixer):
     def init_weights(self):
         self.short_taps.normal_(std=0.1)[0].add_(1)  # the identity and a little of the past
         exponents = torch.linspace(0.5, 1.5, len(self.decay_up.bias) // self.n_head).repeat(self.n_head)
-        tau = (float(self.memory) ** exponents).clamp(min=2)  # from sqrt(M) to M sqrt(M) tokens in each head
+        # from sqrt(M) to M sqrt(M) tokens in each head, and no gate near its floor
+        tau = (float(self.memory) ** exponents).clamp(min=-1.25 / self.floor)
         self.decay_up.bias.copy_(torch.logit(1 / (tau * -self.floor)))
 
     def flops(self, T):
@@ -498,7 +499,7 @@ class FELA(nn.Module):
                 assert kind != 'matrices' or isinstance(module, nn.Linear), f'{path}.{n}: is it in filters?'
                 groups.setdefault((kind, getattr(module, 'parts', 1)), []).append(p)
         for (kind, parts), params in groups.items():
-            wide = kind in ('matrices', 'embedding')
+            wide = kind in ('matrices', 'embedding')  # an embedding that does not decay overfits sooner
             group = dict(params=params, name=kind, parts=parts, weight_decay=weight_decay if wide else 0.0,
                          lr_scale=1.0 if wide or name == 'muon' else 3.0)  # in AdamW they want larger steps
             (muon if name == 'muon' and kind == 'matrices' else adamw).append(group)
@@ -695,6 +696,14 @@ def orthogonalise(x):
 
 class CheckpointError(ValueError):
     """Anything wrong with a checkpoint, in one line"""
+
+
+def load_state(optimizer, saved):
+    """The state of a state dict of its; knobs stay those of this run"""
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': saved})
+    for p, moments in optimizer.state.items():  # where one is too small a fused step would write beyond it
+        if wrong := [tuple(t.shape) for t in moments.values() if t.shape not in ((), p.shape)]:
+            raise CheckpointError(f'optimizer: found moments {wrong} of weights {tuple(p.shape)}')
 
 
 def _write(path, fill):

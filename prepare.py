@@ -137,7 +137,7 @@ def load_meta(data_dir):
     path, name = os.path.join(data_dir, 'meta.json'), os.path.basename(os.path.abspath(data_dir))
     if not os.path.isfile(path):
         raise DataError(f'dataset {data_dir} is not there, or only half made: first `python prepare.py '
-                        f'--dataset={name} --out_dir={data_dir}`, your own text with --data_files=FILES')
+                        f'--dataset={name} --out_dir={data_dir} --data_files=FILES` (openwebtext: no files)')
     with suppress(ValueError, KeyError, TypeError, RecursionError), open(path, 'rb') as file:
         meta = json.loads(file.read(1 << 20))
         numbers = [meta['splits'][split][of] for split in ('train', 'val') for of in ('tokens', 'bytes')]

@@ -120,6 +120,6 @@ for i, (printer, parts) in enumerate(zip(printers, texts)):
         printer.add(b'', last=True)
     write((f'{"-" * 40} {i + 1} of {num_samples}\n' if num_samples > 1 else '') + ''.join(parts) + '\n')
 made = len(times) - 1
-print(f'prefill: {len(ids):,} tokens, {len(ids) / (times[1] - times[0]):,.0f} tok/s; decode: '
+print(f'prefill: {len(ids):,} tokens, {times[1] - times[0]:.2f} s; decode: '
       f'{made * num_samples:,} tokens, {(made - 1) * num_samples / (times[-1] - times[1] + 1e-9):,.0f} tok/s',
       file=sys.stderr)

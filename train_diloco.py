@@ -34,7 +34,8 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
 import configurator
 from configurator import configure, die, find_ranks, lock_folder, pick_device, require, write_whole
-from model import FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, save_checkpoint
+from model import (FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, load_state,
+                   save_checkpoint)
 from prepare import DataError, TokenData, ensure_pysrc, get_tokenizer
 
 dataset = 'pysrc'  # a folder under data/, made by prepare.py, or a path to one
@@ -208,7 +209,7 @@ def restore(folder):
     theta.copy_(parameters_to_vector(weights).detach())
     momentum.copy_(state['outer'])
     for opt, inner in zip(optimizers, state['optimizer']):
-        opt.load_state_dict(inner)
+        load_state(opt, inner['state'])
     vars(run).update(state['training'])
 
 

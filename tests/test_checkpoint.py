@@ -24,7 +24,6 @@ from runs import REPO, fails, metrics, train, write
 
 SMALL = FELAConfig(vocab_size=7, n_layer=2, n_embd=8, n_head=1, gla_heads=1, n_modes=4, pattern='SL')
 
-
 read = lambda path: Path(path).read_bytes()
 loaded = lambda path: load_checkpoint(str(path))[0]['training']['step']
 

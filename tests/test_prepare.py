@@ -287,7 +287,7 @@ def test_what_does_not_fit(tmp_path):
     for block in (-1, 0, 9):
         with pytest.raises(DataError, match=f'block_size {block}: expected 1 to 8'):
             TokenData(counting(tmp_path, 9), 'train', block)
-    with pytest.raises(DataError, match='not there, or only half made: .*--dataset=pysrc --out_dir=.*/pysrc`, .*--data_files='):
+    with pytest.raises(DataError, match='not there, or only half made: .*--dataset=pysrc --out_dir=.*/pysrc --data_files='):
         TokenData(f'{tmp_path}/pysrc', 'train', 8)
 
 

@@ -28,7 +28,7 @@ def sample(folder, *args, **kwargs):
     assert run.code == 0, (run.out, run.err)
     with open(run.output + '.out', 'rb') as file:
         run.text = file.read().decode()[:-1]  # strict: what is shown is UTF-8, whatever the model says
-    assert re.fullmatch(r'prefill: [\d,]+ tokens, [\d,]+ tok/s; decode: [\d,]+ tokens, [\d,]+ tok/s\n', run.err), run.err
+    assert re.fullmatch(r'prefill: [\d,]+ tokens, [\d.]+ s; decode: [\d,]+ tokens, [\d,]+ tok/s\n', run.err), run.err
     return run
 
 

@@ -338,7 +338,7 @@ class GLAMixer(Mixer):
     def init_weights(self):
         self.short_taps.normal_(std=0.1)[0].add_(1)  # the identity and a little of the past
         exponents = torch.linspace(0.5, 1.5, len(self.decay_up.bias) // self.n_head).repeat(self.n_head)
-        # from sqrt(M) to M sqrt(M) tokens in each head, and no gate near its floor
+        # Memories of sqrt(M) to M sqrt(M) tokens in each head, none so short that its gate is below floor.
         tau = (float(self.memory) ** exponents).clamp(min=-1.25 / self.floor)
         self.decay_up.bias.copy_(torch.logit(1 / (tau * -self.floor)))
 
@@ -698,12 +698,16 @@ class CheckpointError(ValueError):
     """Anything wrong with a checkpoint, in one line"""
 
 
-def load_state(optimizer, saved):
-    """The state of a state dict of its; knobs stay those of this run"""
+def load_optim(optimizer, saved):
+    """Give an optimizer the 'state' of a saved state dict, not its knobs, or leave it as it is and raise
+    CheckpointError: a fused step would write beyond a moment that is smaller than its weight."""
+    weights = dict(enumerate(p for group in optimizer.param_groups for p in group['params']))
+    for i, moments in saved.items():
+        for name, value in moments.items():
+            shape = () if name == 'step' else tuple(weights[i].shape)
+            if value.shape != shape:
+                raise CheckpointError(f'optimizer: {name} is {tuple(value.shape)}: expected {shape}')
     optimizer.load_state_dict({**optimizer.state_dict(), 'state': saved})
-    for p, moments in optimizer.state.items():  # where one is too small a fused step would write beyond it
-        if wrong := [tuple(t.shape) for t in moments.values() if t.shape not in ((), p.shape)]:
-            raise CheckpointError(f'optimizer: found moments {wrong} of weights {tuple(p.shape)}')
 
 
 def _write(path, fill):

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import broadcast_json, configure, die, find_ranks, given, lock_folder, pick_device, require
-from model import FELA, CheckpointError, FELAConfig, list_checkpoints, load_model, load_state, save_checkpoint
+from model import FELA, CheckpointError, FELAConfig, list_checkpoints, load_model, load_optim, save_checkpoint
 from prepare import DataError, TokenData, compressed_bpb, ensure_pysrc, get_tokenizer
 
 # -----------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ log(f'device {device} | dtype {dtype} ({why}) | compile {compile} | {model.num_p
 if resume:
     try:
         for opt, saved in zip(optimizers, state['optimizer'], strict=True):
-            load_state(opt, saved)  # its knobs are those of this command
+            load_optim(opt, saved)  # its knobs are those of this command
         scaler.load_state_dict(state['scaler'])
         torch.set_rng_state(state['training']['rng'].cpu())
         run = SimpleNamespace(**{key: type(n)(state['training'][key]) for key, n in vars(run).items()})

@@ -34,7 +34,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
 import configurator
 from configurator import configure, die, find_ranks, lock_folder, pick_device, require, write_whole
-from model import (FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, load_state,
+from model import (FELA, CheckpointError, FELAConfig, list_checkpoints, load_checkpoint, load_optim,
                    save_checkpoint)
 from prepare import DataError, TokenData, ensure_pysrc, get_tokenizer
 
@@ -205,11 +205,11 @@ def restore(folder):
     state, _ = load_checkpoint(folder)
     if other := difference(state['config'], f'in {folder}', identity):
         leave(f'{other}: another --run_name (or --out_dir) starts another run')
+    for opt, inner in zip(optimizers, state['optimizer']):  # first: what is refused changes nothing
+        load_optim(opt, inner['state'])
     model.load_state_dict(state['model'])
     theta.copy_(parameters_to_vector(weights).detach())
     momentum.copy_(state['outer'])
-    for opt, inner in zip(optimizers, state['optimizer']):
-        load_state(opt, inner['state'])
     vars(run).update(state['training'])
 
 

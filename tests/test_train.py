@@ -303,7 +303,7 @@ def test_other_model_or_data_is_refused(tmp_path, data):
 def test_a_checkpoint_of_another_version_or_program(tmp_path, data):
     """A field that it lacks has its default; else one line."""
     train(tmp_path, data, '--max_iters=2', '--out_dir=a')
-    changes = {'training': {}}, {'optimizer': None}, {'model': {'w': 3}}, {'optimizer': []}, {}, {'optimizer': [{0: {'exp_avg': torch.ones(1)}}]}
+    changes = {'training': {}}, {'optimizer': None}, {'model': {'w': 3}}, {'optimizer': []}, {}, {'optimizer': [{0: {'exp_avg': torch.ones(())}}]}
     for i, change in enumerate(changes):
         state, manifest = load_checkpoint(shutil.copytree(tmp_path / 'a', folder := f'{tmp_path}/{i}'))
         state.update(change)

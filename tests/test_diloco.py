@@ -58,7 +58,7 @@ def test_rounds_are_as_published(tmp_path, data, slow):
     H, M, R, W = 4, 3, 3, 4
     diloco(tmp_path, M, data, f'--H={H}', f'--max_rounds={R}', '--outer_dtype=fp32', '--outer_lr=0.5', '--outer_momentum=0.9',
            '--learning_rate=1e-3', '--schedule=constant', '--warmup_iters=0', '--warmup_rounds=1',
-           *['--round_seconds=0.03'] * slow, each={1: ['--micro_batch_size=1']} if slow else {})
+           *['--round_seconds=0.01'] * slow, each={1: ['--micro_batch_size=1']} if slow else {})
     state, rows = final(tmp_path), rounds(tmp_path)
     torch.manual_seed(1337)
     model = FELA(FELAConfig(vocab_size=261, n_layer=2, n_head=2, gla_heads=2, n_embd=16, n_modes=8, pattern='SL'))

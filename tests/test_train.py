@@ -256,14 +256,14 @@ def test_a_full_disk(tmp_path, data):
 
 
 def test_second_run_in_a_folder_is_refused(tmp_path, data):
-    """A run takes a folder that was made anew again when it saves, or stops when another has it by then."""
+    """A run takes a folder that was made anew again when it saves, or stops when another has it by then (it stands still until then)."""
     first = start(tmp_path, data, '--max_iters=30000', '--save_interval=20').until('step     25')
     os.rename(tmp_path / 'out', tmp_path / 'one')
     first.until('saved out/step_000040')
-    assert f'in use by process {first.pid}' in fails(tmp_path, data, '--max_iters=3000')
+    assert f'in use by process {first.kill(signal.SIGSTOP).pid}' in fails(tmp_path, data, '--max_iters=3000')
     os.rename(tmp_path / 'out', tmp_path / 'two')
     second = start(tmp_path, data, '--max_iters=30000').until('step      2')
-    assert first.wait().code == 2 and f'error: out is in use by process {second.pid}' in first.err
+    assert first.kill(signal.SIGCONT).wait().code == 2 and f'error: out is in use by process {second.pid}' in first.err
     assert f'in use by process {second.pid}' in fails(tmp_path, data, '--max_iters=3000')
     second.kill().wait()
     train(tmp_path, data, '--max_iters=1')
